@@ -1,0 +1,46 @@
+# Every target sets itself up: `make demo` or `make test` in a fresh clone needs nothing but Python 3.11 or newer.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types unit bench clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/python examples/encoder.py
+
+test: lint types unit
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+# The installed tree is what mypy checks: there, and only there, passes/ is qcompile.passes.
+# An editable install maps the packages by an import hook, which mypy does not follow.
+types: $(READY)
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/installed .
+	MYPYPATH=build/installed $(BIN)/mypy -p qcompile
+
+unit: $(READY)
+	$(BIN)/pytest $(PYTEST)
+
+bench: $(VENV)/.ready-bench
+	@set -e; for question in benchmarks/bench_*.py; do echo "$$question"; $(BIN)/python $$question; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# torch comes first and by itself, so that TORCH may name any build: TORCH='torch==2.11.0', TORCH=/path/to/a.whl.
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'setuptools>=77'
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[test]'
+	touch $@
+
+$(VENV)/.ready-bench: $(READY)
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[bench]'
+	touch $@

@@ -1,0 +1,124 @@
+"""Turns float parameters into packed ones, in every module that owns them, and has Dynamo trace once more."""
+
+from __future__ import annotations
+
+import traceback
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+
+from qcompile.errors import QCompileError
+from qcompile.formats import Scheme, reference
+from qcompile.owners import Slot
+from qcompile.tensor import QuantizedTensor, as_parameter, quantize
+
+ORIGINALS = "_qcompile_originals"
+"""Attribute of a module that keeps its float parameters by name under ``weights="keep"``."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One parameter to pack: every slot that holds it, the scheme, and who hears of the result.
+
+    ``done(packed, bytes before, SQNR in dB)`` is called once it is stored.
+    """
+
+    layer: str
+    slots: tuple[Slot, ...]
+    scheme: Scheme
+    transposed: bool
+    keep: bool
+    done: Callable[[QuantizedTensor, int, float], None]
+
+    def run(self) -> None:
+        """Packs and stores; the float original goes when its last holder lets go. Raises ``WeightError`` naming the layer."""
+        original = self.slots[0].get()
+        if original is None or isinstance(original, QuantizedTensor):
+            return
+        parameter = as_parameter(self._pack(original))
+        for slot in self.slots:
+            if self.keep:
+                slot.module.__dict__.setdefault(ORIGINALS, {})[slot.name] = original
+            slot.set(parameter)
+
+    def measure(self) -> None:
+        """Packs, reports to ``done`` and lets go: what :meth:`run` would do, without doing it."""
+        original = self.slots[0].get()
+        if original is not None and not isinstance(original, QuantizedTensor):
+            self._pack(original)
+
+    @torch.no_grad()
+    def _pack(self, original: nn.Parameter) -> QuantizedTensor:
+        packed = quantize(original, self.scheme, transposed=self.transposed, layer=self.layer)
+        matrix = original.detach().t() if self.transposed else original.detach()
+        self.done(packed, original.nbytes, reference.sqnr(self.scheme.format, packed.planes, matrix))
+        return packed
+
+
+class Retrace(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):
+    """Raised by the backend: Dynamo drops its trace, the conversions run, and Dynamo traces again.
+
+    Dynamo asks for ``restart_reason`` after it has let go of the failed trace. Converting at that moment, and not in the
+    backend, is what frees each float weight as soon as its packed form is stored: no frame of the trace holds it any more.
+    The two bases are the ones that Dynamo lets through from a backend and clears its speculation log for.
+    """
+
+    def __init__(self, conversions: list[Conversion]) -> None:
+        self._pending: Pending | None = Pending(conversions)
+        super().__init__()
+
+    @property
+    def restart_reason(self) -> str:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            if self.__traceback__ is not None:
+                traceback.clear_frames(self.__traceback__)
+            pending.run()
+        return "qcompile packed weights"
+
+    @restart_reason.setter
+    def restart_reason(self, value: object) -> None:
+        """Dynamo's own constructor sets a reason; ours is fixed."""
+
+
+class Pending:
+    """Conversions that were announced to Dynamo. Errors wait for the retrace, where Dynamo shows them to the user."""
+
+    _error: QCompileError | None = None
+    _waiting: weakref.WeakSet[Pending] = weakref.WeakSet()
+
+    def __init__(self, conversions: list[Conversion]) -> None:
+        self._conversions = conversions
+        Pending._waiting.add(self)
+
+    def run(self) -> None:
+        """Runs what has not run yet, in order; stops at the first error and keeps it for :meth:`finish_all`."""
+        Pending._waiting.discard(self)
+        while self._conversions and Pending._error is None:
+            try:
+                self._conversions.pop(0).run()
+            except QCompileError as error:
+                Pending._error = error
+
+    @classmethod
+    def finish_all(cls) -> None:
+        """Runs conversions that a torch release without the hook above left over; raises the first error of any."""
+        for pending in list(cls._waiting):
+            pending.run()
+        error, cls._error = cls._error, None
+        if error is not None:
+            raise error
+
+
+def restore_(model: nn.Module) -> int:
+    """Puts back the float parameters that ``options={"weights": "keep"}`` kept; returns how many."""
+    count = 0
+    for module in model.modules():
+        for name, original in module.__dict__.pop(ORIGINALS, {}).items():
+            module._parameters[name] = original
+            count += 1
+    return count

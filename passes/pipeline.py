@@ -1,0 +1,165 @@
+"""The way of a graph through qcompile, stated once: discover sites, decide, extend to siblings, plan conversions."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qcompile import target
+from qcompile.formats import Scheme
+from qcompile.options import Options
+from qcompile.owners import Owners, Slot, slot_at
+from qcompile.plan import Decision, Record, Site
+from qcompile.policy import check_rules
+from qcompile.recorder import Recorder, recorder_of
+from qcompile.tensor import QuantizedTensor
+
+from .convert import Conversion
+from .discover import discover
+from .siblings import siblings
+
+GRAD = "the weight requires grad in grad mode; call under torch.no_grad(), or model.requires_grad_(False)"
+
+Done = Callable[[QuantizedTensor, int, float], None]
+
+
+class Compilation:
+    """One graph from Dynamo: what it holds, what the policy makes of it, and the records of that.
+
+    ``gm`` and ``example_inputs`` as a backend gets them. After :meth:`conversions` the recorder of the model that owns
+    the weights has a record for every site of the graph that stays as it is; a conversion adds its own when it is done.
+    """
+
+    def __init__(
+        self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, recorder: Recorder | None = None
+    ) -> None:
+        self.options = options
+        self.owners = Owners()
+        names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+        self.values = dict(zip(names, example_inputs, strict=True))
+        self.parameters = [v for v in self.values.values() if id(v) in self.owners.slots]
+        self.root = self.owners.root(self.parameters[0]) if self.parameters else None
+        self.recorder = recorder or recorder_of(self.root)
+        self.sites = discover(gm, example_inputs, self.owners.name)
+        self.target = target.of(_device(self.values.values()))
+
+    def conversions(self) -> list[Conversion]:
+        """Records every site, and returns the weights to pack, each once: those of this graph, then of its siblings.
+
+        Raises ``PolicyError`` for rules that contradict or match nothing, ``StrictError`` under ``strict=True``.
+        """
+        loose = [self._restricted(s) for s in self.sites if not self._is_packed(s)]
+        self._check_rules()
+        _warn_of_grad(loose)
+        self.recorder.add(*(self._record_packed(s) for s in self.sites if self._is_packed(s)))
+        found: dict[int, Conversion] = {}
+        self._decide(loose, found)
+        if self.root is not None:
+            owned = [self.owners.slots[id(v)][0] for v in self.parameters]
+            for sibling in siblings(self.owners, self.root, owned):
+                self._decide([sibling.rename(s) for s in loose], found)
+        if self.options.strict:
+            self.recorder.plan.require_all()
+        return list(found.values())
+
+    def _decide(self, sites: list[Site], found: dict[int, Conversion]) -> None:
+        """Asks the policy about float ``sites``; adds to ``found``, by parameter, what it wants packed."""
+        for decision in self.options.policy.decide(sites, self.target):
+            slots = self._slots(decision.site)
+            parameter = slots[0].get() if slots else None
+            if isinstance(parameter, QuantizedTensor):
+                continue
+            if decision.scheme is None or parameter is None:
+                self.recorder.add(Record.of(decision))
+                continue
+            done = self._recording(decision)
+            if (earlier := found.get(id(parameter))) is not None:
+                found[id(parameter)] = dataclasses.replace(earlier, done=_each(earlier.done, done))
+            else:
+                found[id(parameter)] = Conversion(decision.site.name, slots, decision.scheme, decision.site.transposed,
+                                                  self.options.weights == "keep", done)  # fmt: skip
+
+    def _recording(self, decision: Decision) -> Done:
+        def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
+            self.recorder.add(packed_record(decision, packed, before, decibels))
+
+        return done
+
+    def _restricted(self, site: Site) -> Site:
+        """``site`` with the reason, if there is one, why its weight cannot be exchanged."""
+        value = self.values.get(site.weight) if site.weight else None
+        if site.unsupported is not None or not isinstance(value, torch.Tensor):
+            return site
+        reason = None
+        if isinstance(value, torch._subclasses.FakeTensor):
+            reason = "the weight is a fake tensor; pack the model with qcompile.quantize_ before tracing it"
+        elif id(value) not in self.owners.slots:
+            reason = "the weight is not a parameter of any module, so it cannot be exchanged for a packed one"
+        elif value.requires_grad and torch.is_grad_enabled():
+            reason = GRAD
+        return dataclasses.replace(site, unsupported=reason)
+
+    def _is_packed(self, site: Site) -> bool:
+        return site.weight is not None and isinstance(self.values.get(site.weight), QuantizedTensor)
+
+    def _record_packed(self, site: Site) -> Record:
+        """The record of a site whose weight is packed already: the one made at conversion, or what the tensor tells."""
+        weight: QuantizedTensor = self.values[site.weight or ""]
+        known = self.recorder.find(site)
+        if known is not None and known.decision.scheme == weight.scheme:
+            return known
+        return packed_record(Decision(site, weight.scheme, rule="packed before compilation"), weight, site.nbytes, None)
+
+    def _check_rules(self) -> None:
+        """A rule that matches nothing is an error. Names are known for the whole model; roles only of graphs seen, so a
+        rule on a role is refused once this graph holds every matrix of the model."""
+        if self.root is None:
+            return
+        here = {id(v) for v in self.parameters}
+        whole = all(id(p) in here for p in self.root.parameters() if p.dim() >= 2)
+        sites = [*self.sites, *self.recorder.sites()]
+        if whole:
+            check_rules(self.options.policy, sites, [name for name, _ in self.root.named_modules()])
+
+    def _slots(self, site: Site) -> tuple[Slot, ...]:
+        """Every place that holds the site's parameter."""
+        if self.root is None or site.parameter is None:
+            return ()
+        slot = slot_at(self.root, site.parameter)
+        return tuple(self.owners.slots.get(id(slot.get()), ())) if slot is not None else ()
+
+
+def _warn_of_grad(sites: list[Site]) -> None:
+    """A forgotten ``no_grad`` must not look like a model that was quantized."""
+    left = [s.name for s in sites if s.is_linear and s.unsupported == GRAD]
+    if left:
+        warnings.warn(f"qcompile left {len(left)} linear layers in floating point ({left[0]}, …): {GRAD}", stacklevel=2)
+
+
+def packed_record(decision: Decision, packed: QuantizedTensor, before: int, decibels: float | None) -> Record:
+    """The record of a weight that was packed: what runs, bytes ``before`` and after, SQNR in dB."""
+    return Record(decision, kernel_name(packed.scheme, packed.device), before, packed.packed_nbytes, decibels)
+
+
+def kernel_name(scheme: Scheme, device: torch.device) -> str:
+    """Which generated kernel serves ``scheme`` on ``device``."""
+    language = "triton" if device.type == "cuda" else "cpp"
+    return f"{language} {scheme.label}"
+
+
+def _each(*listeners: Done) -> Done:
+    def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
+        for listener in listeners:
+            listener(packed, before, decibels)
+
+    return done
+
+
+def _device(values: Any) -> torch.device:
+    return next((v.device for v in values if isinstance(v, nn.Parameter)),
+                next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu")))  # fmt: skip

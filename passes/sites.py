@@ -1,0 +1,113 @@
+"""Nodes that discovery works with, and attention among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from .trace import Inputs, ancestors, descendants, op_name, operand
+from .vocabulary import ACTIVATIONS, ELEMENTWISE, PRODUCTS
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear-like node: its ``input`` operand, its ``shape`` (N, K) if known, its ``weight`` parameter's node, its
+    module ``name``."""
+
+    input: object
+    shape: tuple[int, int] | None
+    weight: Node | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """An embedding node: the ``table`` parameter's node and the ``index`` operand."""
+
+    table: Node
+    index: object
+
+
+@dataclass(frozen=True)
+class Attention:
+    """``node`` gives the attended values; ``q``, ``k``, ``v`` are its operands; ``fused`` when it is one operator."""
+
+    node: Node
+    q: object
+    k: object
+    v: object
+    fused: bool
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What role finding looks at: nodes in order, leaves, linears and embeddings by node."""
+
+    nodes: list[Node]
+    inputs: Inputs
+    linears: Mapping[Node, Linear]
+    embeddings: Mapping[Node, Embedding]
+
+
+def find_attention(nodes: list[Node], linears: Mapping[Node, Linear]) -> list[Attention]:
+    """Attention operators, and products written out around a softmax: ``softmax(q kᵀ …) v``, in graph order."""
+    found: list[Attention] = []
+    for node in nodes:
+        name = op_name(node)
+        if "scaled_dot_product" in name or name == "flex_attention":
+            q, k, v = (operand(node, i, w) for i, w in enumerate(("query", "key", "value")))
+            found.append(Attention(node, q, k, v, fused=True))
+        elif name == "multi_head_attention_forward":
+            found.append(Attention(node, None, None, None, fused=True))
+        elif name == "softmax":
+            found += _written_out(node, linears)
+    order = {node: i for i, node in enumerate(nodes)}
+    return sorted(found, key=lambda a: order[a.node])
+
+
+def _written_out(softmax: Node, linears: Mapping[Node, Linear]) -> list[Attention]:
+    """The attention around ``softmax``: one product of activations before it and one after it, elementwise between."""
+
+    def is_product(node: Node) -> bool:
+        return op_name(node) in PRODUCTS and node not in linears
+
+    def leaves(node: Node) -> bool:
+        return node is not softmax and op_name(node) not in ELEMENTWISE | ACTIVATIONS | {"masked_fill", "nan_to_num"}
+
+    scores = [n for n in ancestors([softmax], leaves) if is_product(n)]
+    values = [n for n in descendants(softmax, leaves) if is_product(n)]
+    if len(scores) != 1 or len(values) != 1:
+        return []
+    q, k = _factors(scores[0])
+    left, right = _factors(values[0])
+    attended = right if softmax in set(ancestors([left], leaves)) else left
+    return [Attention(values[0], q, k, attended, fused=False)]
+
+
+def _factors(product: Node) -> tuple[object, object]:
+    first, second = PRODUCTS[op_name(product)]
+    flat = product.args if op_name(product) != "einsum" or len(product.args) > 2 else (None, *product.args[1])  # type: ignore[misc]
+    left = flat[first] if first < len(flat) else operand(product, first, "input", "batch1")
+    right = flat[second] if second < len(flat) else operand(product, second, "other", "mat2", "batch2")
+    return left, right
+
+
+def barrier(graph: Graph, attentions: list[Attention]) -> Callable[[Node], bool]:
+    """Nodes at which a way between a projection and its attention ends."""
+    attended = {a.node for a in attentions}
+
+    def stop(node: Node) -> bool:
+        name = op_name(node)
+        return (node in graph.linears or node in attended or node in graph.embeddings or node in graph.inputs.parameters
+                or name in PRODUCTS or name == "softmax" or name.startswith("conv"))  # fmt: skip
+
+    return stop
+
+
+def projections(attention: Attention, graph: Graph, attentions: list[Attention]) -> tuple[set[Node], set[Node], set[Node]]:
+    """The linears that q, k and v are computed from, seen through views, rotary embeddings, norms and cache writes."""
+    stop = barrier(graph, attentions)
+    q, k, v = ({n for n in ancestors([start], stop) if n in graph.linears} for start in (attention.q, attention.k, attention.v))
+    return q, k, v

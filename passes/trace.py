@@ -1,0 +1,176 @@
+"""Words for torch-IR and aten graphs alike: what a node computes, which operand is the weight, and walks over the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from .vocabulary import SLICES
+
+_ALIASES = {"truediv": "div", "true_divide": "div", "multiply": "mul", "iadd": "add", "imul": "mul", "isub": "sub",
+            "itruediv": "div", "imatmul": "matmul", "swapaxes": "transpose", "swapdims": "transpose",
+            "_softmax": "softmax", "_safe_softmax": "softmax", "_unsafe_view": "view", "numpy_T": "T"}  # fmt: skip
+
+def op_name(node: Node) -> str:
+    """The operator's plain name, the same for a function, a method, a Python operator, an aten overload and in place:
+    ``torch.matmul``, ``x.matmul``, ``x @ y``, ``aten.matmul.default`` are all ``"matmul"``; ``x.T`` is ``"T"``.
+
+    The empty string for nodes that compute nothing (placeholders, attributes, output).
+    """
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.split("::")[-1]
+    else:
+        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    if name == "getattr" and len(node.args) > 1:
+        return str(node.args[1])
+    if name.startswith("__") and name.endswith("__"):
+        name = name.strip("_")
+    if name.endswith("_"):
+        name = name.rstrip("_")
+    return _ALIASES.get(name, name)
+
+
+def writes_in_place(node: Node) -> bool:
+    """Whether the node overwrites its first operand (``copy_``, ``index_copy_``, ``x[i] = y``)."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name == "setitem" or (name.endswith("_") and not name.startswith("_"))
+
+
+def operand(node: Node, position: int, *keywords: str) -> object:
+    """The argument at ``position``, or under one of its ``keywords``; None when it is absent."""
+    if position < len(node.args):
+        return node.args[position]
+    return next((node.kwargs[k] for k in keywords if k in node.kwargs), None)
+
+
+def example(node: Node) -> object:
+    """The (fake) value that tracing recorded for the node, from Dynamo or from export; None when there is none."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the graph's leaves hold: ``parameters`` by node (2-D weights, biases, norms), other tensors by node."""
+
+    parameters: dict[Node, torch.Tensor]
+    activations: dict[Node, torch.Tensor]
+
+    @staticmethod
+    def of(gm: torch.fx.GraphModule, example_inputs: Iterable[object], is_parameter: Callable[[torch.Tensor], bool]) -> Inputs:
+        """Placeholders take their tensors from ``example_inputs`` in order; attributes from ``gm`` itself."""
+        parameters: dict[Node, torch.Tensor] = {}
+        activations: dict[Node, torch.Tensor] = {}
+        values = iter(example_inputs)
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                value = next(values, example(node))
+            elif node.op == "get_attr":
+                value = _attribute(gm, str(node.target))
+            else:
+                continue
+            if isinstance(value, torch.Tensor):
+                kept = parameters if is_parameter(value) else activations
+                kept[node] = value
+        return Inputs(parameters, activations)
+
+
+def _attribute(root: object, path: str) -> object:
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Where a weight operand comes from: the ``parameter`` node (None: an activation), ``flipped`` when it is the
+    parameter's transpose, and ``computed`` by the node that makes it more than that (a cast, a slice, arithmetic)."""
+
+    parameter: Node | None
+    flipped: bool
+    computed: Node | None
+
+
+def resolve(value: object, parameters: dict[Node, torch.Tensor]) -> Operand:
+    """Follows a weight operand back to its parameter, folding transposes of both dimensions and ``detach``."""
+    flipped, computed = False, None
+    node = value
+    while isinstance(node, Node):
+        if node in parameters:
+            return Operand(node, flipped, computed)
+        turn = folds(node)
+        if turn is None and computed is None:
+            computed = node
+        flipped ^= bool(turn)
+        sources = node.all_input_nodes
+        if not sources or (turn is None and len(sources) > 1):
+            break
+        node = sources[0]
+    return Operand(None, flipped, computed)
+
+
+def folds(node: Node) -> bool | None:
+    """True for a transpose of a 2-D tensor's two dimensions, False for ``detach``, None for any other operator."""
+    name = op_name(node)
+    if name in ("t", "T", "mT"):
+        return True
+    if name == "detach":
+        return False
+    if name == "transpose":
+        dims = {operand(node, 1, "dim0", "axis0"), operand(node, 2, "dim1", "axis1")}
+        return True if dims in ({0, 1}, {-1, -2}, {0, -1}, {-2, 1}) else None
+    if name == "permute":
+        order = node.args[1:] if len(node.args) > 2 else operand(node, 1, "dims")
+        return True if isinstance(order, (tuple, list)) and list(order) in ([1, 0], [-1, 0], [1, -2], [-1, -2]) else None
+    return None
+
+
+def ancestors(starts: Iterable[object], stop: Callable[[Node], bool]) -> Iterator[Node]:
+    """Nodes that the ``starts`` are computed from, themselves included; nodes that ``stop`` holds for are yielded but
+    not entered. A tensor made or given without inputs is entered through what is written into it (cache updates)."""
+    seen: set[Node] = set()
+    queue = [n for n in starts if isinstance(n, Node)]
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if not stop(node):
+            queue += node.all_input_nodes or _written_into(node)
+
+
+def _written_into(buffer: Node) -> list[Node]:
+    """Tensors that are copied into ``buffer`` or into a slice of it."""
+    found: list[Node] = []
+    views = [buffer]
+    for view in views:
+        for user in view.users:
+            if user.all_input_nodes[0] is not view:
+                continue
+            if writes_in_place(user):
+                found += user.all_input_nodes[1:]
+            elif op_name(user) in SLICES:
+                views.append(user)
+    return found
+
+
+def descendants(start: Node, stop: Callable[[Node], bool]) -> Iterator[Node]:
+    """Nodes computed from ``start``, itself not included; nodes that ``stop`` holds for are yielded but not entered."""
+    seen: set[Node] = set()
+    queue = list(start.users)
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if not stop(node):
+            queue += list(node.users)

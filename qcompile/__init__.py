@@ -1,0 +1,35 @@
+"""qcompile: a quantizing backend for ``torch.compile``.
+
+``torch.compile(model, backend="qcompile")`` needs no import of this package; these names are for those who look inside,
+choose formats, or quantize ahead of time. Importing touches no GPU, no disk and no compiler.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import explain, quantize_
+    from .formats import ROW, Codebook, FormatSpec, Plane, Scheme, register_format, symbols
+    from .passes.convert import restore_
+    from .plan import Plan
+    from .policy import Policy
+    from .tensor import QuantizedTensor
+
+_HOMES = {
+    "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
+    "QuantizedTensor": "tensor",
+    **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
+}  # fmt: skip
+
+__all__ = ["ROW", "Codebook", "FormatSpec", "Plan", "Plane", "Policy", "QuantizedTensor", "Scheme", "explain", "quantize_",
+           "register_format", "restore_", "symbols"]  # fmt: skip
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

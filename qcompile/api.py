@@ -1,0 +1,64 @@
+"""See what happens to a model before, after, or without compiling it; and quantize ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .dynamo_errors import as_themselves
+from .options import Options
+from .owners import unwrapped
+from .passes.convert import Conversion
+from .passes.pipeline import Compilation
+from .recorder import Recorder, recorder_of
+from .report import Report
+
+
+def explain(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> Report:
+    """Calls ``model(*args, **kwargs)`` once and reports every site: what was, or would be, done with it, and why.
+
+    A model compiled with backend "qcompile" is called as it is, and the report says what its compilations did. Any other
+    model is traced under ``policy`` (as ``options["policy"]``) and left untouched: each weight that the policy means is
+    packed for a moment to measure its SQNR. Gradients are off.
+    """
+    with torch.no_grad():
+        if policy is None:
+            model(*args, **kwargs)
+            done = recorder_of(unwrapped(model)).plan
+            if len(done):
+                return Report(done)
+        recorder = Recorder()
+        for conversion in _traced(model, policy, recorder, args, kwargs):
+            conversion.measure()
+        return Report(recorder.plan)
+
+
+def quantize_(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> Report:
+    """Packs the weights that ``policy`` means in place, as the backend would on ``model(*args, **kwargs)``; returns the report.
+
+    The model then runs packed in eager mode, and can be exported, or compiled by any backend.
+    """
+    with torch.no_grad():
+        recorder = recorder_of(unwrapped(model))
+        for conversion in _traced(model, policy, recorder, args, kwargs):
+            conversion.run()
+        return Report(recorder.plan)
+
+
+def _traced(
+    model: nn.Module, policy: Any, recorder: Recorder, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Conversion]:
+    """The conversions that the backend would make on one call; the sites left alone are recorded at once."""
+    options = Options.parse({"policy": policy}, None)
+    found: list[Conversion] = []
+
+    def look(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.extend(Compilation(gm, example_inputs, options, recorder).conversions())
+        return gm.forward
+
+    with as_themselves():
+        torch.compile(unwrapped(model), backend=look)(*args, **kwargs)
+    return found

@@ -1,0 +1,178 @@
+"""CPU kernels: one C++ source and one shared library for each scheme, called through ctypes.
+
+The source is the format printed as a struct (:mod:`.cpp_format`) between skeletons that are blind to formats
+(``include/*.h``). Few rows of x read every weight once and decode it in registers; many rows decode a panel of weights
+into cache and multiply it in register tiles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from importlib import resources
+
+import torch
+
+from ..errors import LayoutError
+from ..formats.layout import check_planes
+from ..formats.scheme import Scheme
+from .cpp_build import load_library
+from .cpp_format import SCALE_TYPES, format_struct
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Float dtypes of x, y and bias and their numbers in the C interface."""
+
+LONGEST_INT_ROW = 131072
+"""Largest K whose int8 products, summed without scales in between, stay inside int32: 128 · 127 · K < 2^31."""
+
+_BEFORE = ("simd.h", "dot.h", "job.h")
+_AFTER = ("rows.h", "panel.h", "entry.h")
+
+
+def source(scheme: Scheme) -> str:
+    """The whole C++ source of ``scheme``. Raises :class:`FormatError` when the format cannot be printed."""
+    folder = resources.files(__package__) / "include"
+    headers = {name: (folder / name).read_text() for name in (*_BEFORE, *_AFTER)}
+    before, after = ("\n".join(headers[n] for n in names) for names in (_BEFORE, _AFTER))
+    return f"{before}\n{format_struct(scheme)}\n{after}\n{_exports(scheme)}"
+
+
+def _exports(scheme: Scheme) -> str:
+    planes = [(SCALE_TYPES.get(p.dtype, "int32_t"), p.name) for p in scheme.format.planes]
+    parameters = ", ".join(f"const {kind}* plane_{name}" for kind, name in planes)
+    values = "{" + ", ".join(f"plane_{name}" for _, name in planes) + "}"
+    return f"""#define QC_EXPORT extern "C" __attribute__((visibility("default")))
+
+QC_EXPORT int qc_linear(void* y, const void* x, const void* bias, int dtype, int bias_dtype, int threads, int64_t m,
+                        int64_t n, int64_t k, int64_t padded, int64_t stride, {parameters}) {{
+  Job job = {{}};
+  job.y = y, job.bias = bias, job.dtype = dtype, job.bias_dtype = bias_dtype, job.threads = threads;
+  job.m = m, job.n = n, job.k = padded;
+  return linear<Format>(job, {{x, k, stride}}, {values});
+}}
+
+QC_EXPORT void qc_decode(void* out, int dtype, int threads, int64_t n, int64_t k, int64_t padded, {parameters}) {{
+  decode<Format>(out, dtype, n, k, padded, threads, {values});
+}}
+
+QC_EXPORT const char* qc_variant(int64_t m, int dtype) {{
+  static const char* const names[] = {{"rows", "rows_bf16", "rows_int8", "panel", "panel_bf16", "panel_int8"}};
+  return names[kernel_of<Format>(m, dtype)];
+}}
+"""
+
+
+class CpuKernels:
+    """Compiled kernels of one :class:`Scheme`; ``isa`` is a key of :data:`.cpp_build.ISA_FLAGS`.
+
+    Raises :class:`FormatError` when the format cannot be printed and :class:`KernelBuildError` when the compiler fails.
+    Calls release the interpreter lock and may run in several threads at once.
+    """
+
+    def __init__(self, scheme: Scheme, isa: str = "native") -> None:
+        self.scheme = scheme
+        self.source = source(scheme)
+        library = load_library(self.source, isa)
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        planes = [pointer] * len(scheme.format.planes)
+        self._linear = library.qc_linear
+        self._linear.argtypes = [pointer] * 3 + [number] * 3 + [size] * 5 + planes
+        self._linear.restype = number
+        self._decode = library.qc_decode
+        self._decode.argtypes = [pointer] + [number] * 2 + [size] * 3 + planes
+        self._decode.restype = None
+        self._variant = library.qc_variant
+        self._variant.argtypes = [size, number]
+        self._variant.restype = ctypes.c_char_p
+        self._layouts: dict[tuple[int, int], tuple[int, list[int]]] = {}
+
+    def linear(
+        self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, n: int
+    ) -> torch.Tensor:
+        """x ``[..., K]`` times the transposed weight plus ``bias`` ``[n]``: ``[..., n]`` in x's dtype.
+
+        x is float32, float16 or bfloat16, of any strides and any number of rows, none included; bias is of any float
+        dtype. ``planes`` are the stored tensors of an n×K weight in the format's order. Sums are in float32 (int32
+        within a scale's span with int8 activations). Raises :class:`LayoutError` for tensors that do not fit.
+        """
+        dtype = DTYPES.get(x.dtype)
+        if dtype is None or not x.is_cpu:
+            raise LayoutError(f"{self.scheme.label}: x must be float32, float16 or bfloat16 on the CPU, found {x.dtype} on "
+                              f"{x.device}; convert it first")  # fmt: skip
+        shape = x.shape
+        k = shape[-1]
+        rows = math.prod(shape[:-1])
+        padded, pointers = self._pointers(planes, n, k)
+        y = torch.empty(*shape[:-1], n, dtype=x.dtype)
+        if rows == 0 or n == 0:
+            return y
+        x2 = x if x.dim() == 2 else x.reshape(rows, k)
+        if x2.stride(1) != 1 and k > 1:
+            x2 = x2.contiguous()
+        bias_dtype, bias_pointer = 0, None
+        if bias is not None:
+            bias = self._bias(bias, n)
+            bias_dtype, bias_pointer = DTYPES[bias.dtype], bias.data_ptr()
+        failed = self._linear(
+            y.data_ptr(), x2.data_ptr(), bias_pointer, dtype, bias_dtype, torch.get_num_threads(),
+            rows, n, k, padded, x2.stride(0), *pointers,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"{self.scheme.label}: no scratch memory for a {rows}×{k} input and a {n}×{k} weight")
+        return y
+
+    def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weight ``[n, k]`` that ``planes`` stand for, evaluated in float32 and rounded once to ``dtype``.
+
+        Raises :class:`LayoutError` for planes that do not fit.
+        """
+        padded, pointers = self._pointers(planes, n, k)
+        native = dtype if dtype in DTYPES else torch.float32
+        out = torch.empty(n, k, dtype=native)
+        if out.numel():
+            self._decode(out.data_ptr(), DTYPES[native], torch.get_num_threads(), n, k, padded, *pointers)
+        return out.to(dtype)
+
+    def variant(self, rows: int, dtype: torch.dtype) -> str:
+        """Name of the kernel that serves ``rows`` rows of x of ``dtype``, for reports: rows…, panel…"""
+        return self._variant(rows, DTYPES[dtype]).decode()
+
+    def _pointers(self, planes: Sequence[torch.Tensor], n: int, k: int) -> tuple[int, list[int]]:
+        """(K of the stored planes, their addresses), checked by size; sizes are remembered for each weight shape."""
+        layout = self._layouts.get((n, k))
+        if layout is None:
+            layout = self._layouts[n, k] = self._layout(planes, n, k)
+        padded, sizes = layout
+        pointers = []
+        if len(planes) != len(sizes):
+            check_planes(self.scheme.format, planes, n, k)
+        for plane, size in zip(planes, sizes, strict=True):
+            if plane.nbytes != size or not plane.is_cpu or not plane.is_contiguous():
+                check_planes(self.scheme.format, planes, n, k)
+                raise LayoutError(f"{self.scheme.label}: planes must be contiguous CPU tensors, found strides "
+                                  f"{plane.stride()} on {plane.device}; call .contiguous() on them")  # fmt: skip
+            pointers.append(plane.data_ptr())
+        return padded, pointers
+
+    def _layout(self, planes: Sequence[torch.Tensor], n: int, k: int) -> tuple[int, list[int]]:
+        spec = self.scheme.format
+        check_planes(spec, planes, n, k)
+        padded = spec.padded(n, k)[1]
+        if self.scheme.activations == "int8" and spec.period == 0 and padded > LONGEST_INT_ROW:
+            raise LayoutError(f"{self.scheme.label}: K = {k} overflows int32 sums of one scale per row (limit {LONGEST_INT_ROW}); "
+                              "use a format with groups")  # fmt: skip
+        return padded, [math.prod(spec.plane_shape(p, n, k)) * p.storage_dtype.itemsize for p in spec.planes]
+
+    def _bias(self, bias: torch.Tensor, n: int) -> torch.Tensor:
+        if bias.shape != (n,) or not bias.is_floating_point() or not bias.is_cpu:
+            raise LayoutError(f"{self.scheme.label}: bias must be a float CPU tensor [{n}], found {bias.dtype} {list(bias.shape)} "
+                              f"on {bias.device}")  # fmt: skip
+        return (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+
+
+@functools.lru_cache(maxsize=None)
+def cpu_kernels(scheme: Scheme) -> CpuKernels:
+    """The kernels of ``scheme`` for this machine, built once in a process."""
+    return CpuKernels(scheme)

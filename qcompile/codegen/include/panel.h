@@ -1,0 +1,160 @@
+// Many rows of x: a panel of weights is decoded once into scratch that stays in the second-level cache, then multiplied
+// by all rows in register tiles of MR rows × NT·16 outputs.
+namespace {
+
+constexpr int NT = QC_BYTES == 64 ? 4 : 1;
+constexpr int PANEL = NT * LANES;   // outputs of a panel
+constexpr int64_t STEPS = 256;      // 32-bit lanes along k of a panel: 64 KB of scratch
+constexpr int64_t ROWS = 256;       // rows of x that a decoded panel serves
+
+constexpr int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
+
+// Weights along k of a panel: whole spans and whole blocks.
+template <class F, class D>
+constexpr int64_t depth() {
+  const int64_t whole = F::SPAN ? F::SPAN / gcd(F::SPAN, F::BLOCK) * F::BLOCK : F::BLOCK;
+  return whole > STEPS * D::K ? whole : STEPS * D::K / whole * whole;
+}
+
+// Scales are multiplied into the panel when it holds floats or rounds anyway; else once per span, in float32.
+template <class F, class D>
+constexpr bool scaled() { return F::SPAN && !D::INTEGER && (D::K == 1 || !F::BF16_EXACT); }
+template <class F, class D>
+constexpr bool by_span() { return F::SPAN && !scaled<F, D>(); }
+
+struct Panel {
+  int32_t* lanes;  // [steps][NT][16]
+  float* coeff;    // [spans][NT][16]
+  float* offset;
+};
+
+template <class F, class D>
+QC_INLINE void decode_tile(const typename F::Planes& a, int64_t from, int64_t to, int tile, const Panel& panel) {
+  const int64_t span = F::SPAN ? F::SPAN : to - from;
+  int32_t* out = panel.lanes + tile * LANES;
+  for (int64_t k0 = from, s = 0; k0 < to; k0 += span, ++s) {
+    vf coeff, offset = splat(0.0f);
+    if (F::SPAN) {
+      coeff = F::coeff(a, k0);
+      if (F::OFFSET) offset = F::offset(a, k0);
+      if (by_span<F, D>()) {
+        store(panel.coeff + s * PANEL + tile * LANES, coeff);
+        if (F::OFFSET) store(panel.offset + s * PANEL + tile * LANES, offset);
+      }
+    }
+    for (int64_t k = k0; k < k0 + span; k += F::BLOCK) {
+      const typename F::Words w = F::words(a, k);
+      QC_UNROLL for (int i = 0; i < F::BLOCK; i += D::K, out += PANEL) {
+        if constexpr (scaled<F, D>()) store(out, D::template scaled<F>(w, i, coeff, offset));
+        else store(out, D::template weight<F>(w, i));
+      }
+    }
+  }
+}
+
+// c[m][n] (float, or int32 for whole-row integer sums) += panel × MR rows of x.
+template <class F, class D, int MR>
+static void micro(const Job& job, const Panel& panel, int64_t from, int64_t to, int64_t first, float* c) {
+  constexpr bool SPANS = by_span<F, D>();
+  using Acc = typename D::Acc;
+  const int64_t span = SPANS ? F::SPAN : to - from;
+  const int32_t* x = job.x + first * job.x_stride + from / D::K;
+  const int32_t* w = panel.lanes;
+  for (int64_t k = from, s = 0; k < to; k += span, ++s) {
+    Acc acc[MR][NT];
+    const int64_t at = first * job.spans + k / (F::SPAN ? F::SPAN : job.k);
+    QC_UNROLL for (int m = 0; m < MR; ++m) QC_UNROLL for (int t = 0; t < NT; ++t) {
+      if (SPANS) acc[m][t] = D::start(D::INTEGER && F::GEN_MIN ? F::GEN_MIN * job.int_sums[at + m * job.spans] : 0);
+      else if (from) memcpy(&acc[m][t], c + m * PANEL + t * LANES, 64);
+      else acc[m][t] = D::start(0);
+    }
+    for (int64_t step = span / D::K; step > 0; --step, w += PANEL, ++x) {
+      vi lanes[NT];
+      QC_UNROLL for (int t = 0; t < NT; ++t) lanes[t] = load(w + t * LANES);
+      QC_UNROLL for (int m = 0; m < MR; ++m) {
+        const vi xm = splat(x[m * job.x_stride]);
+        QC_UNROLL for (int t = 0; t < NT; ++t) acc[m][t] = D::dot(acc[m][t], lanes[t], xm);
+      }
+    }
+    QC_UNROLL for (int m = 0; m < MR; ++m) QC_UNROLL for (int t = 0; t < NT; ++t) {
+      float* to_c = c + m * PANEL + t * LANES;
+      if (!SPANS) {
+        memcpy(to_c, &acc[m][t], 64);
+        continue;
+      }
+      vf total = k ? load(to_c) : splat(0.0f);
+      total = fma(load(panel.coeff + s * PANEL + t * LANES), as_float(acc[m][t]), total);
+      if (F::OFFSET) total = fma(load(panel.offset + s * PANEL + t * LANES), splat(job.sums[at + m * job.spans]), total);
+      store(to_c, total);
+    }
+  }
+}
+
+// Rows first … first + count of one panel: register tiles of four to six rows (fewer only if there are fewer).
+template <class F, class D>
+QC_INLINE void multiply(const Job& job, const Panel& panel, int64_t from, int64_t to, int64_t first, int64_t count, float* c) {
+  for (int64_t left = (count + 5) / 6; left > 0; --left) {
+    const int64_t rows = (count + left - 1) / left;
+    switch (rows) {
+      case 6: micro<F, D, 6>(job, panel, from, to, first, c); break;
+      case 5: micro<F, D, 5>(job, panel, from, to, first, c); break;
+      default: micro<F, D, 4>(job, panel, from, to, first, c); break;
+    }
+    first += rows, count -= rows, c += rows * PANEL;
+  }
+}
+
+template <class F, class D>
+QC_INLINE void finish_panel(const Job& job, const typename F::Planes* a, int64_t tile, int64_t first, int64_t count, const float* c) {
+  for (int t = 0; t < NT; ++t) {
+    if ((tile + t) * LANES >= job.n) break;
+    const bool row = F::SPAN == 0;
+    const vf coeff = row ? F::coeff(a[t], 0) : splat(1.0f);
+    for (int64_t m = 0; m < count; ++m) {
+      typename D::Acc sum;
+      memcpy(&sum, c + m * PANEL + t * LANES, 64);
+      vf total;
+      if (!row) total = bits_as<float>(sum);
+      else {
+        if (D::INTEGER && F::GEN_MIN) sum = sum + D::start(F::GEN_MIN * job.int_sums[first + m]);
+        total = coeff * as_float(sum);
+        if (F::OFFSET) total = fma(F::offset(a[t], 0), splat(job.sums[first + m]), total);
+      }
+      finish(job, first + m, tile + t, total);
+    }
+  }
+}
+
+// Floats of scratch that one thread needs.
+template <class F, class D>
+constexpr int64_t panel_scratch() {
+  const int64_t spans = by_span<F, D>() ? depth<F, D>() / F::SPAN : 0;
+  return depth<F, D>() / D::K * PANEL + 2 * spans * PANEL + ROWS * PANEL;
+}
+
+// Called by every thread of a parallel region, with scratch of its own.
+template <class F, class D>
+static void many_rows(const Job& job, const typename F::Planes& planes, float* scratch) {
+  const int64_t tiles = (job.n + LANES - 1) / LANES, panels = (tiles + NT - 1) / NT;
+  int64_t blocks = (job.m + ROWS - 1) / ROWS;
+  while (panels * blocks < 2 * job.threads && job.m / (blocks + 1) >= 32) ++blocks;
+  const int64_t spans = by_span<F, D>() ? depth<F, D>() / F::SPAN : 0;
+  const Panel panel = {(int32_t*)scratch, scratch + depth<F, D>() / D::K * PANEL,
+                       scratch + depth<F, D>() / D::K * PANEL + spans * PANEL};
+  float* c = panel.offset + spans * PANEL;
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t task = 0; task < panels * blocks; ++task) {
+    const int64_t tile = task / blocks * NT, block = task % blocks;
+    const int64_t first = job.m * block / blocks, count = job.m * (block + 1) / blocks - first;
+    typename F::Planes a[NT];
+    for (int t = 0; t < NT; ++t) a[t] = F::tile(planes, tile + t < tiles ? tile + t : tiles - 1, job.k);
+    for (int64_t k = 0; k < job.k; k += depth<F, D>()) {
+      const int64_t end = k + depth<F, D>() < job.k ? k + depth<F, D>() : job.k;
+      for (int t = 0; t < NT; ++t) decode_tile<F, D>(a[t], k, end, t, panel);
+      multiply<F, D>(job, panel, k, end, first, count, c);
+    }
+    finish_panel<F, D>(job, a, tile, first, count, c);
+  }
+}
+
+}  // namespace

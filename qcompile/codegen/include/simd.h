@@ -1,0 +1,341 @@
+// Sixteen 32-bit lanes on AVX-512, on AVX2 and on anything else that GCC or Clang compile for.
+//
+// A Vec is 64 bytes in one, two or four registers. Lanes are the sixteen interleaved rows of a weight tile, so nothing
+// here works across lanes. -DQC_GENERIC forces the portable path.
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <omp.h>
+
+#if !defined(QC_GENERIC) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define QC_AVX512 1
+#define QC_BYTES 64
+#include <immintrin.h>
+#elif !defined(QC_GENERIC) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define QC_AVX2 1
+#define QC_BYTES 32
+#include <immintrin.h>
+#else
+#define QC_BYTES 16
+#endif
+
+#if defined(QC_AVX512) && defined(__AVX512BF16__)
+#define QC_BF16 1  // vdpbf16ps: two bf16 products a lane
+#else
+#define QC_BF16 0
+#endif
+
+#define QC_INLINE static inline __attribute__((always_inline))
+#define QC_PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define QC_UNROLL QC_PRAGMA(clang loop unroll(full))
+#else
+#define QC_UNROLL QC_PRAGMA(GCC unroll 64)
+#endif
+
+namespace {
+
+struct Half { uint16_t bits; };
+struct Bfloat { uint16_t bits; };
+
+constexpr int LANES = 16;
+constexpr int PARTS = 64 / QC_BYTES;
+
+template <class T>
+struct Vec {
+  typedef T Part __attribute__((vector_size(QC_BYTES)));
+  Part p[PARTS];
+};
+using vf = Vec<float>;
+using vi = Vec<int32_t>;
+using vu = Vec<uint32_t>;
+
+#define QC_BINARY(op)                                        \
+  template <class T>                                         \
+  QC_INLINE Vec<T> operator op(Vec<T> a, Vec<T> b) {         \
+    QC_UNROLL for (int i = 0; i < PARTS; ++i) a.p[i] = a.p[i] op b.p[i]; \
+    return a;                                                \
+  }
+QC_BINARY(+)
+QC_BINARY(-)
+QC_BINARY(*)
+QC_BINARY(/)
+QC_BINARY(&)
+QC_BINARY(|)
+QC_BINARY(^)
+#undef QC_BINARY
+
+template <class To, class From>
+QC_INLINE Vec<To> bits_as(Vec<From> a) {
+  Vec<To> r;
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) r.p[i] = (typename Vec<To>::Part)a.p[i];
+  return r;
+}
+
+#if defined(QC_AVX512)
+QC_INLINE vf splat(float s) { return {{(vf::Part)_mm512_set1_ps(s)}}; }
+QC_INLINE vi splat(int32_t s) { return {{(vi::Part)_mm512_set1_epi32(s)}}; }
+#elif defined(QC_AVX2)
+QC_INLINE vf splat(float s) { return {{(vf::Part)_mm256_set1_ps(s), (vf::Part)_mm256_set1_ps(s)}}; }
+QC_INLINE vi splat(int32_t s) { return {{(vi::Part)_mm256_set1_epi32(s), (vi::Part)_mm256_set1_epi32(s)}}; }
+#else
+template <class T>
+QC_INLINE Vec<T> splat(T s) {
+  const typename Vec<T>::Part part = {s, s, s, s};
+  return {{part, part, part, part}};
+}
+#endif
+
+QC_INLINE vi operator<<(vi a, int n) {
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) a.p[i] = a.p[i] << n;
+  return a;
+}
+QC_INLINE vi operator>>(vi a, int n) {  // arithmetic
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) a.p[i] = a.p[i] >> n;
+  return a;
+}
+QC_INLINE vi shift_right(vi a, int n) {  // logical
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) a.p[i] = (vi::Part)((vu::Part)a.p[i] >> n);
+  return a;
+}
+
+template <class T>
+QC_INLINE Vec<T> load(const T* from) {
+  Vec<T> r;
+  memcpy(r.p, from, 64);
+  return r;
+}
+template <class T>
+QC_INLINE void store(T* to, Vec<T> a) { memcpy(to, a.p, 64); }
+
+QC_INLINE vf operator+(vf a, float s) { return a + splat(s); }
+QC_INLINE vf operator-(vf a, float s) { return a - splat(s); }
+QC_INLINE vf operator*(vf a, float s) { return a * splat(s); }
+QC_INLINE vf operator/(vf a, float s) { return a / splat(s); }
+QC_INLINE vf operator+(float s, vf a) { return splat(s) + a; }
+QC_INLINE vf operator-(float s, vf a) { return splat(s) - a; }
+QC_INLINE vf operator*(float s, vf a) { return splat(s) * a; }
+QC_INLINE vf operator/(float s, vf a) { return splat(s) / a; }
+QC_INLINE vf operator-(vf a) { return splat(-0.0f) - a; }
+QC_INLINE vi operator+(vi a, int32_t s) { return a + splat(s); }
+QC_INLINE vi operator-(vi a, int32_t s) { return a - splat(s); }
+QC_INLINE vi operator*(vi a, int32_t s) { return a * splat(s); }
+QC_INLINE vi operator*(int32_t s, vi a) { return a * splat(s); }
+QC_INLINE vi operator+(int32_t s, vi a) { return a + splat(s); }
+QC_INLINE vi operator-(int32_t s, vi a) { return splat(s) - a; }
+QC_INLINE vi operator|(vi a, int32_t s) { return a | splat(s); }
+QC_INLINE vi operator&(vi a, int32_t s) { return a & splat(s); }
+QC_INLINE vi operator^(vi a, int32_t s) { return a ^ splat(s); }
+
+QC_INLINE vf to_float(vi a) {
+  vf r;
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) r.p[i] = __builtin_convertvector(a.p[i], vf::Part);
+  return r;
+}
+
+QC_INLINE vf select(vi mask, vf yes, vf no) {  // mask lanes are 0 or -1
+  return bits_as<float>((bits_as<int32_t>(yes) & mask) | (bits_as<int32_t>(no) & (mask ^ -1)));
+}
+QC_INLINE vi equals(vi a, int32_t s) {
+  const vi b = splat(s);
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) a.p[i] = a.p[i] == b.p[i];
+  return a;
+}
+QC_INLINE vi greater(vi a, vi b) {
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) a.p[i] = a.p[i] > b.p[i];
+  return a;
+}
+
+QC_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(QC_AVX512)
+  return {{(vf::Part)_mm512_fmadd_ps((__m512)a.p[0], (__m512)b.p[0], (__m512)c.p[0])}};
+#elif defined(QC_AVX2)
+  QC_UNROLL for (int i = 0; i < PARTS; ++i)
+    c.p[i] = (vf::Part)_mm256_fmadd_ps((__m256)a.p[i], (__m256)b.p[i], (__m256)c.p[i]);
+  return c;
+#elif defined(__FP_FAST_FMAF)
+  QC_UNROLL for (int i = 0; i < PARTS; ++i)
+    QC_UNROLL for (int l = 0; l < QC_BYTES / 4; ++l) c.p[i][l] = __builtin_fmaf(a.p[i][l], b.p[i][l], c.p[i][l]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
+// table[low four bits of each lane]
+QC_INLINE vf lookup(const float* table, vi index) {
+#if defined(QC_AVX512)
+  return {{(vf::Part)_mm512_permutexvar_ps((__m512i)index.p[0], _mm512_loadu_ps(table))}};
+#elif defined(QC_AVX2)
+  vf r;
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) {
+    const __m256i at = (__m256i)index.p[i];
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), at);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), at);
+    r.p[i] = (vf::Part)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+  }
+  return r;
+#else
+  vf r;
+  for (int i = 0; i < PARTS; ++i)
+    for (int l = 0; l < QC_BYTES / 4; ++l) r.p[i][l] = table[index.p[i][l] & 15];
+  return r;
+#endif
+}
+
+// table[lane] for tables of any length: reads memory, the last resort
+QC_INLINE vf gather(const float* table, vi index) {
+  vf r;
+  for (int i = 0; i < PARTS; ++i)
+    for (int l = 0; l < QC_BYTES / 4; ++l) r.p[i][l] = table[index.p[i][l]];
+  return r;
+}
+
+#if QC_BF16
+// bf16 entries for bytes j and j + 1 of each lane; the table repeats, so that of each byte only the code's bits matter.
+QC_INLINE vi lookup_pair(const uint16_t* table, vi word, int j) {
+  const __m512i low = _mm512_broadcast_i32x4(_mm_set_epi32(0x0d0d0c0c, 0x09090808, 0x05050404, 0x01010000));
+  const __m512i at = _mm512_shuffle_epi8((__m512i)word.p[0], _mm512_add_epi8(low, _mm512_set1_epi8((char)j)));
+  return {{(vi::Part)_mm512_permutexvar_epi16(at, _mm512_loadu_si512(table))}};
+}
+#endif
+
+// Bytes of each lane → table bytes; every byte of index is below 16.
+QC_INLINE vi lookup_bytes(const uint8_t* table, vi index) {
+#if defined(QC_AVX512)
+  const __m512i wide = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
+  return {{(vi::Part)_mm512_shuffle_epi8(wide, (__m512i)index.p[0])}};
+#elif defined(QC_AVX2)
+  const __m256i wide = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) index.p[i] = (vi::Part)_mm256_shuffle_epi8(wide, (__m256i)index.p[i]);
+  return index;
+#else
+  uint8_t bytes[64];
+  memcpy(bytes, index.p, 64);
+  for (int i = 0; i < 64; ++i) bytes[i] = table[bytes[i]];
+  memcpy(index.p, bytes, 64);
+  return index;
+#endif
+}
+
+// Widening loads and narrowing stores of sixteen floats ------------------------------------------------------------
+
+// Subnormals go through a normal float and a subtraction, so that they survive flush-to-zero.
+QC_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
+  const bool subnormal = rest < 0x00800000, infinite = rest >= 0x0f800000;
+  uint32_t bits = rest + (subnormal ? 0x38800000 : infinite ? 0x70000000 : 0x38000000);
+  float value;
+  memcpy(&value, &bits, 4);
+  if (subnormal) value -= 6.103515625e-05f;  // 2^-14
+  memcpy(&bits, &value, 4);
+  bits |= sign;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+QC_INLINE uint16_t float_to_half(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (rest >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // 65520 and above round to infinity
+  if (rest >= 0x38800000) return (uint16_t)(sign | ((rest + 0xfff + (rest >> 13 & 1)) - 0x38000000) >> 13);
+  float small;
+  memcpy(&small, &rest, 4);
+  small = small + 0.5f;  // ulp(0.5) = 2^-24, the quantum of half subnormals
+  memcpy(&bits, &small, 4);
+  return (uint16_t)(sign | (bits - 0x3f000000));
+}
+
+QC_INLINE vf load_float(const float* from) { return load(from); }
+
+QC_INLINE vf load_float(const Bfloat* from) {
+#if defined(QC_AVX512)
+  return {{(vf::Part)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16)}};
+#else
+  vi r;
+  QC_UNROLL for (int i = 0; i < PARTS; ++i)
+    QC_UNROLL for (int l = 0; l < QC_BYTES / 4; ++l) r.p[i][l] = (int32_t)((uint32_t)from[i * (QC_BYTES / 4) + l].bits << 16);
+  return bits_as<float>(r);
+#endif
+}
+
+QC_INLINE vf load_float(const Half* from) {
+#if defined(QC_AVX512)
+  return {{(vf::Part)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from))}};
+#elif defined(QC_AVX2)
+  vf r;
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) r.p[i] = (vf::Part)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + 8 * i)));
+  return r;
+#else
+  vf r;
+  for (int i = 0; i < PARTS; ++i)
+    for (int l = 0; l < QC_BYTES / 4; ++l) r.p[i][l] = half_to_float(from[i * (QC_BYTES / 4) + l].bits);
+  return r;
+#endif
+}
+
+// The half whose bits are the low sixteen of each lane.
+QC_INLINE vf half_lanes(vi a) {
+#if defined(QC_AVX512)
+  return {{(vf::Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)a.p[0]))}};
+#elif defined(QC_AVX2)
+  vf r;
+  a = a & 0xffff;
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) {
+    const __m256i part = (__m256i)a.p[i];
+    r.p[i] = (vf::Part)_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(part), _mm256_extracti128_si256(part, 1)));
+  }
+  return r;
+#else
+  const vi rest = (a & 0x7fff) << 13, sign = (a & 0x8000) << 16;
+  const vf normal = bits_as<float>(rest + splat(0x38000000)), infinite = bits_as<float>(rest + splat(0x70000000));
+  const vf subnormal = bits_as<float>(rest + splat(0x38800000)) - splat(6.103515625e-05f);
+  const vf finite = select(greater(splat(0x00800000), rest), subnormal, normal);
+  const vf value = select(greater(rest, splat(0x0f7fffff)), infinite, finite);
+  return bits_as<float>(bits_as<int32_t>(value) | sign);
+#endif
+}
+
+QC_INLINE vi round_to_bf16(vf a) {  // bits in the high half of each lane, to nearest even; NaN stays NaN
+  const vi bits = bits_as<int32_t>(a);
+  const vi rounded = bits + splat(0x7fff) + (shift_right(bits, 16) & 1);
+  const vi nan = greater(bits & 0x7fffffff, splat(0x7f800000));
+  return bits_as<int32_t>(select(nan, bits_as<float>(bits | 0x400000), bits_as<float>(rounded))) & (int32_t)0xffff0000;
+}
+
+// bf16 of `even` in the low halves and of `odd` in the high halves: _exact drops bits that are known to be zero.
+QC_INLINE vi pair_exact(vf even, vf odd) {
+  return shift_right(bits_as<int32_t>(even), 16) | (bits_as<int32_t>(odd) & (int32_t)0xffff0000);
+}
+QC_INLINE vi pair_rounded(vf even, vf odd) { return shift_right(round_to_bf16(even), 16) | round_to_bf16(odd); }
+
+QC_INLINE void store_float(float* to, vf a) { store(to, a); }
+
+QC_INLINE void store_float(Bfloat* to, vf a) {
+  const vi high = round_to_bf16(a);
+#if defined(QC_AVX512)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)high.p[0], 16)));
+#else
+  int32_t lanes[LANES];
+  store(lanes, high);
+  for (int l = 0; l < LANES; ++l) to[l].bits = (uint16_t)((uint32_t)lanes[l] >> 16);
+#endif
+}
+
+QC_INLINE void store_float(Half* to, vf a) {
+#if defined(QC_AVX512)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)a.p[0], _MM_FROUND_TO_NEAREST_INT));
+#elif defined(QC_AVX2)
+  QC_UNROLL for (int i = 0; i < PARTS; ++i)
+    _mm_storeu_si128((__m128i*)(to + 8 * i), _mm256_cvtps_ph((__m256)a.p[i], _MM_FROUND_TO_NEAREST_INT));
+#else
+  float lanes[LANES];
+  store(lanes, a);
+  for (int l = 0; l < LANES; ++l) to[l].bits = float_to_half(lanes[l]);
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,60 @@
+"""One class for each failure that a user can meet; every message says what was found and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class QCompileError(Exception):
+    """Base of every error that qcompile raises on purpose."""
+
+
+class FormatError(QCompileError):
+    """A :class:`~qcompile.formats.FormatSpec` is malformed, or its value is not ``coeff * gen(codes) + offset``."""
+
+
+class UnknownFormatError(QCompileError, KeyError):
+    """No format, preset or scheme has this name."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"unknown format {name!r}. {nearest(name, known)}")
+
+    __str__ = Exception.__str__
+
+
+class PolicyError(QCompileError, ValueError):
+    """A policy cannot be read, contradicts itself, or has a rule that matches nothing."""
+
+
+class OptionError(QCompileError, ValueError):
+    """``options=`` of the backend has an unknown name or a value that it cannot take."""
+
+
+class WeightError(QCompileError, ValueError):
+    """A weight cannot be quantized or packed: wrong rank, dtype, or values that are not finite."""
+
+
+class LayoutError(QCompileError, ValueError):
+    """Planes do not have the shape or dtype that their format and weight shape call for."""
+
+
+class StrictError(QCompileError):
+    """``strict=True`` and a site that the policy meant to quantize was left in floating point."""
+
+
+class KernelBuildError(QCompileError, RuntimeError):
+    """A generated kernel did not compile; the message holds the command, the source file and the compiler's words."""
+
+
+class UnsupportedOnTensorError(QCompileError, NotImplementedError):
+    """A PyTorch function has no meaning on packed weights; the message says which and how to get a float tensor."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``Did you mean …? Known: …`` for an unknown ``name``."""
+    names = sorted(set(known))
+    close = get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
+    shown = ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
+    return f"{hint}Known: {shown}."

@@ -1,0 +1,72 @@
+"""The custom operators that compiled graphs and eager code call: real, fake and backward.
+
+Planes are operator inputs, never constants of a graph, so a graph that Dynamo reuses for another module computes with
+that module's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import kernels
+
+_library = torch.library.Library("qcompile", "FRAGMENT")
+_library.define("linear(Tensor x, Tensor[] planes, Tensor? bias, str scheme, int n) -> Tensor")
+_library.define("decode(Tensor[] planes, str scheme, int n, int k, ScalarType dtype) -> Tensor")
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _linear(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, scheme: str, n: int
+) -> torch.Tensor:
+    return kernels.for_key(scheme, x.device.type).linear(x, planes, bias, n)
+
+
+def _decode(planes: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    return kernels.for_key(scheme, planes[0].device.type).decode(planes, n, k, dtype)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("linear", _linear, _device)
+    _library.impl("decode", _decode, _device)
+
+
+@torch.library.register_fake("qcompile::linear")
+def _linear_fake(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, scheme: str, n: int
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("qcompile::decode")
+def _decode_fake(planes: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    return planes[0].new_empty((n, k), dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, planes, bias, scheme, n = inputs
+    ctx.save_for_backward(*planes)
+    ctx.scheme, ctx.n, ctx.k = scheme, n, x.shape[-1]
+    ctx.bias_shape = None if bias is None else bias.shape
+
+
+def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """Gradients of x (grad · W, W decoded in grad's dtype) and of the bias; packed weights have none."""
+    planes = list(ctx.saved_tensors)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.qcompile.decode(planes, ctx.scheme, ctx.n, ctx.k, grad.dtype)
+        grad_x = grad @ weight
+    if ctx.bias_shape is not None and ctx.needs_input_grad[2]:
+        grad_bias = grad.reshape(-1, ctx.n).sum(0)
+    return grad_x, [None] * len(planes), grad_bias, None, None
+
+
+torch.library.register_autograd("qcompile::linear", _linear_backward, setup_context=_save)
+
+linear = torch.ops.qcompile.linear.default
+decode = torch.ops.qcompile.decode.default

@@ -1,0 +1,70 @@
+"""The ``options=`` of ``torch.compile(model, backend="qcompile", options={…})``, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import OptionError, nearest
+from .policy import Policy
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True)
+class Options:
+    """policy
+        What to quantize and how; see :meth:`qcompile.policy.Policy.parse`. None: fp8 where the device computes it, else int8.
+    strict
+        Raise ``StrictError`` when a site that the policy meant cannot be quantized.
+    weights
+        ``"free"``: a float weight is released once it is packed. ``"keep"``: kept, for :func:`qcompile.restore_`.
+    mode
+        A mode of ``torch.compile``: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs.
+    inductor
+        Further Inductor settings, by their names in ``torch._inductor.config``.
+    """
+
+    policy: Policy
+    strict: bool = False
+    weights: str = "free"
+    mode: str = "default"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> Options:
+        """Raises :class:`OptionError` for an unknown or ill-typed setting, ``PolicyError`` for a bad policy."""
+        given = dict(options or {})
+        known = set(cls.__dataclass_fields__)
+        for name in given:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r} of backend 'qcompile'. {nearest(name, known)} "
+                                  "Inductor's own settings go under options={'inductor': {…}}")  # fmt: skip
+        if mode is not None:
+            given["mode"] = mode
+        made = cls(**{**given, "policy": Policy.parse(given.get("policy"))})
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        if not isinstance(self.strict, bool):
+            raise OptionError(f"option 'strict' must be True or False, found {self.strict!r}")
+        if self.weights not in ("free", "keep"):
+            raise OptionError(f"option 'weights' must be 'free' or 'keep', found {self.weights!r}")
+        if self.mode not in MODES:
+            raise OptionError(f"option 'mode': {nearest(str(self.mode), MODES)} Found {self.mode!r}")
+        if not isinstance(self.inductor, Mapping):
+            raise OptionError(f"option 'inductor' must be a dict of Inductor settings, found {type(self.inductor).__name__}")
+        from torch._inductor import config
+
+        settings = config.get_config_copy()
+        for name in self.inductor:
+            if name not in settings:
+                raise OptionError(f"option 'inductor': no setting {name!r} in torch._inductor.config. {nearest(name, settings)}")
+
+    def inductor_patches(self) -> dict[str, Any]:
+        """Settings for Inductor: those of the mode, then the user's own."""
+        from torch._inductor import list_mode_options
+
+        return {**list_mode_options(self.mode), **self.inductor}

@@ -1,0 +1,114 @@
+"""Who owns a parameter: modules alive, found in one pass, and the names users know them by."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Slot:
+    """``module._parameters[name]``: one place that holds a parameter."""
+
+    module: nn.Module
+    name: str
+
+    def get(self) -> nn.Parameter | None:
+        return self.module._parameters.get(self.name)
+
+    def set(self, parameter: nn.Parameter) -> None:
+        self.module._parameters[self.name] = parameter
+
+
+class Owners:
+    """Index of all modules alive: parameter → slots, module → parents. Holds strong references; keep it briefly."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, list[Slot]] = {}
+        self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._names: dict[int, dict[int, str]] = {}
+        for module in _modules_alive():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.slots.setdefault(id(parameter), []).append(Slot(module, name))
+            for name, child in module._modules.items():
+                if child is not None:
+                    self.parents.setdefault(id(child), []).append((module, name))
+
+    def path(self, module: nn.Module) -> tuple[nn.Module, str]:
+        """(root, dotted name of ``module`` below it), a shared module by its first name; wrappers made by
+        ``torch.compile`` add no name of their own and are no root."""
+        root, seen = module, {id(module)}
+        while parents := [p for p, _ in self.parents.get(id(root), ()) if id(p) not in seen]:
+            root = min(parents, key=_is_compile_wrapper)
+            seen.add(id(root))
+        root = unwrapped(root)
+        if id(root) not in self._names:
+            self._names[id(root)] = {id(m): _plain(name) for name, m in root.named_modules()}
+        return root, self._names[id(root)].get(id(module), "")
+
+    def name(self, parameter: torch.Tensor) -> str | None:
+        """Qualified name of a parameter, such as ``model.layers.0.self_attn.q_proj.weight``; None if no module owns it."""
+        slots = self.slots.get(id(parameter))
+        if not slots:
+            return None
+        root, path = self.path(slots[0].module)
+        if len(slots) == 1:
+            return ".".join(filter(None, (path, slots[0].name)))
+        held = {id(s.module): s.name for s in slots}
+        first = next(m for m in self._names[id(root)] if m in held)
+        return ".".join(filter(None, (self._names[id(root)][first], held[first])))
+
+    def root(self, parameter: torch.Tensor) -> nn.Module | None:
+        """The outermost module that holds ``parameter``."""
+        slots = self.slots.get(id(parameter))
+        return self.path(slots[0].module)[0] if slots else None
+
+    def is_compiled(self, module: nn.Module) -> bool:
+        """Whether ``module`` or one that holds it was given to ``torch.compile`` or ``.compile()``."""
+        waiting, seen = [module], {id(module)}
+        while waiting:
+            at = waiting.pop()
+            if at._compiled_call_impl is not None or _is_compile_wrapper(at):
+                return True
+            above = [p for p, _ in self.parents.get(id(at), ()) if id(p) not in seen]
+            seen.update(map(id, above))
+            waiting += above
+        return False
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile(module)``."""
+    return module._modules["_orig_mod"] if _is_compile_wrapper(module) else module  # type: ignore[return-value]
+
+
+def _is_compile_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def _modules_alive() -> Iterator[nn.Module]:
+    return (o for o in gc.get_objects() if issubclass(type(o), nn.Module) and "_parameters" in o.__dict__)
+
+
+def find(root: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a dotted ``path``, looking through compile wrappers; None if there is none."""
+    module: nn.Module | None = unwrapped(root)
+    for name in path.split(".") if path else ():
+        module = module._modules.get(name) if module is not None else None
+        module = unwrapped(module) if module is not None else None
+    return module
+
+
+def slot_at(root: nn.Module, name: str) -> Slot | None:
+    """The slot of a parameter's qualified ``name`` below ``root``; None if there is none."""
+    path, _, own = name.rpartition(".")
+    module = find(root, path)
+    return Slot(module, own) if module is not None and module._parameters.get(own) is not None else None

@@ -1,0 +1,226 @@
+"""Which layer is stored as what: ordered rules, what they match apart from what they set; the first match wins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from .errors import PolicyError, UnknownFormatError
+from .formats import FormatSpec, Scheme, scheme_of
+from .plan import ROLES, Decision, Site
+from .presets import DEFAULT, PRESETS, default_preset
+from .rules import Rule, rules_from, scheme_from, scheme_named
+from .target import Target
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Policy:
+    """Immutable, compared and hashed by value. Make one with :meth:`parse`.
+
+    ``name`` is the preset's or ``"rules"``; ``explicit`` policies are a user's own rules, whose contradictions and unused
+    rules are errors. The ``default`` policy has no rules of its own: they depend on the device.
+    """
+
+    def __init__(self, name: str, rules: Iterable[Rule], explicit: bool) -> None:
+        self.name, self.rules, self.explicit = name, tuple(rules), explicit
+        text = json.dumps(self.as_dict(), sort_keys=True)
+        self.key = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        """Stable digest of every rule, for caches."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Policy) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        rules = ", ".join(f"{r.pattern!r}: {r.label!r}" for r in self.rules)
+        return f"Policy({self.name}: {{{rules}}})"
+
+    # -- making one ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def parse(value: object = None) -> Policy:
+        """A policy from what a user writes.
+
+        None: fp8 where the device computes it, else int8. A string: a preset ("fp8", "int8", "int4", "mixed", each of the
+        first three also with "_dynamic"), any registered format, or "float". A :class:`Scheme` or :class:`FormatSpec`:
+        every linear layer. A mapping, or a sequence of pairs, from pattern to value: ordered rules; values are formats'
+        names, Schemes, FormatSpecs, or "fp16", "bf16", "fp32", "float", None for "leave it in floating point".
+        Raises :class:`PolicyError` for malformed values and a pattern that comes twice,
+        :class:`~qcompile.errors.UnknownFormatError` for unknown names.
+        """
+        if isinstance(value, Policy):
+            return value
+        if value is None:
+            return Policy(DEFAULT, (), explicit=False)
+        if isinstance(value, str):
+            pairs = PRESETS.get(value, (("*", value),))
+            return Policy(value, [Rule(p, scheme_named(v, PRESETS)) for p, v in pairs], explicit=False)
+        if isinstance(value, (Scheme, FormatSpec)):
+            scheme = scheme_from("*", value)
+            assert scheme is not None
+            return Policy(scheme.label, [Rule("*", scheme)], explicit=False)
+        return Policy("rules", rules_from(value), explicit=True)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The policy as JSON types; a scheme is written as its operator key (format, fingerprint, activations)."""
+        rules = [{"pattern": r.pattern, "scheme": r.outcome} for r in self.rules]
+        return {"name": self.name, "explicit": self.explicit, "rules": rules}
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Policy:
+        """Inverse of :meth:`to_json`. Raises :class:`~qcompile.errors.UnknownFormatError` for a scheme that this process
+        does not have, also when its format was declared differently then; :class:`PolicyError` for other JSON."""
+        try:
+            content = json.loads(text)
+            rules = [Rule(r["pattern"], scheme_of(r["scheme"]) if r["scheme"] else None) for r in content["rules"]]
+            return Policy(content["name"], rules, content["explicit"])
+        except UnknownFormatError:
+            raise
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise PolicyError(f"this is no policy saved by Policy.to_json(): {error!r}") from error
+
+    # -- deciding -----------------------------------------------------------------------------------------------------
+
+    def resolved(self, target: Target) -> Policy:
+        """This policy with the default's rules filled in for ``target``."""
+        if self.name != DEFAULT or self.rules:
+            return self
+        preset = default_preset(target.computes_fp8)
+        return Policy(f"{DEFAULT} ({preset})", Policy.parse(preset).rules, explicit=False)
+
+    def decide(self, sites: Sequence[Site], target: Target) -> list[Decision]:
+        """One decision for each site, in order. Sites that share a weight get one outcome.
+
+        Raises :class:`PolicyError` when rules contradict each other on a fused layer or a tied weight, and when a rule
+        of the user's asks to quantize a weight that is not float32, float16 or bfloat16.
+        """
+        policy = self.resolved(target)
+        chosen = [policy._first(site) for site in sites]
+        tied: dict[str, list[int]] = defaultdict(list)
+        for i, site in enumerate(sites):
+            if site.storage is not None:
+                tied[site.storage].append(i)
+        ties: dict[int, str] = {}
+        for group in tied.values():
+            if len(group) > 1:
+                policy._unite(sites, chosen, group, ties)
+        return [policy._decision(site, rule, ties.get(i)) for i, (site, rule) in enumerate(zip(sites, chosen, strict=True))]
+
+    def _first(self, site: Site) -> Rule | None:
+        """The first rule that matches; checks that the roles of a fused layer do not ask for different things."""
+        first = next((r for r in self.rules if r.matches(site)), None)
+        if not self.explicit or first is None or first.catches_all:
+            return first
+        for role in sorted(site.roles):
+            for rule in self.rules:
+                if rule.catches_all or not (rule.matches_name(site.name) or rule.matches_role(role)):
+                    continue
+                if rule.outcome != first.outcome:
+                    raise PolicyError(
+                        f"rules {first.pattern!r}: {first.label} and {rule.pattern!r}: {rule.label} contradict each other "
+                        f"on {site.name!r}, one weight that is {' and '.join(sorted(site.roles))}. Give both one value, or "
+                        f"put a rule for {site.name!r} first")  # fmt: skip
+                break
+        return first
+
+    def _unite(self, sites: Sequence[Site], chosen: list[Rule | None], group: list[int], ties: dict[int, str]) -> None:
+        """One outcome for sites of one weight: the earliest specific rule's, else the catch-all's. An embedding keeps the
+        weight in floating point; ``ties`` gets the reason for its partners."""
+        specific = [i for i in group if chosen[i] is not None and not chosen[i].catches_all]  # type: ignore[union-attr]
+        if self.explicit:
+            for i in specific[1:]:
+                a, b = chosen[specific[0]], chosen[i]
+                assert a is not None and b is not None
+                if a.outcome != b.outcome:
+                    raise PolicyError(
+                        f"{sites[specific[0]].name!r} and {sites[i].name!r} share one weight, but rule {a.pattern!r} says "
+                        f"{a.label} and rule {b.pattern!r} says {b.label}. Give both one value")  # fmt: skip
+        pool = [chosen[i] for i in specific] or [chosen[i] for i in group if chosen[i] is not None]
+        winner = min(pool, key=lambda r: self.rules.index(r), default=None)  # type: ignore[arg-type]
+        holder = next((sites[i] for i in group if not sites[i].is_linear), None)
+        for i in group:
+            if sites[i].is_linear:
+                own = chosen[i]
+                chosen[i] = own if own is not None and winner is not None and own.outcome == winner.outcome else winner
+                if holder is not None:
+                    ties[i] = f"the weight is tied to {holder.operator} {holder.name!r}, which stays in floating point"
+
+    def _decision(self, site: Site, rule: Rule | None, tie: str | None) -> Decision:
+        if rule is None:
+            return Decision(site, None, self._source(None), "no rule matches")
+        source = self._source(rule)
+        if rule.scheme is None:
+            return Decision(site, None, source, "the policy leaves it in floating point")
+        wanted = rule.scheme if self._means(rule, site, tie is not None) else None
+        reason = site.unsupported or tie
+        if reason is None and not site.is_linear:
+            reason = f"{site.operator} has no quantized kernel"
+        if reason is None and site.dtype not in WEIGHT_DTYPES:
+            reason = f"its weight is {site.dtype}, not float32, float16 or bfloat16"
+            if self.explicit and not rule.catches_all:
+                raise PolicyError(f"rule {rule.pattern!r} asks for {rule.label} on {site.name!r}, but {reason}. "
+                                  "Give the layer the value 'float'")  # fmt: skip
+        return Decision(site, None if reason else rule.scheme, source, reason, wanted)
+
+    def _means(self, rule: Rule, site: Site, tied: bool) -> bool:
+        """Whether a rule that matches a site asks for it, so that leaving it is a failure under ``strict``: linear layers,
+        but a weight tied to an embedding only where the user named it, and anything else only where named without a glob."""
+        if site.weight is None:
+            return False
+        if site.is_linear:
+            return not tied or (self.explicit and not rule.catches_all)
+        return self.explicit and not set(rule.pattern) & set("*?[")
+
+    def _source(self, rule: Rule | None) -> str:
+        if self.explicit:
+            return f"{rule.pattern}: {rule.label}" if rule is not None else "no rule"
+        plain = rule is None or rule.catches_all
+        return f"preset {self.name}" if plain else f"preset {self.name} ({rule.shown})"  # type: ignore[union-attr]
+
+    def unmatched(self, sites: Iterable[Site], module_names: Iterable[str] = (), whole: bool = True) -> list[Rule]:
+        """Rules of a user's own policy that match no site and no module's name; unless the sites are the ``whole`` model's,
+        a rule on a role that some later graph may have counts as matched."""
+        if not self.explicit:
+            return []
+        sites, names = list(sites), list(module_names)
+        roles = () if whole else ROLES
+        return [r for r in self.rules if not any(map(r.matches, sites)) and not any(map(r.matches_name, names))
+                and not any(map(r.matches_role, roles))]  # fmt: skip
+
+
+def check_rules(policy: Policy, sites: Sequence[Site], module_names: Iterable[str], whole: bool = True) -> None:
+    """Raises :class:`PolicyError` for a rule that matches nothing, with the nearest names and roles.
+
+    ``sites`` are all that are known, ``module_names`` all of the model's modules: a rule for a module that a later graph
+    will hold (graph breaks, regional compilation) is not refused. Roles count when some site has them; unless the sites
+    are the ``whole`` model's, every role might still come.
+    """
+    names = list(module_names)
+    unused = policy.unmatched(sites, names, whole)
+    if not unused:
+        return
+    roles = {role for site in sites for role in site.roles}
+    known = {s.name for s in sites} | set(names)
+    tails = {".".join(parts[i:]) for parts in (n.split(".") for n in known) for i in range(len(parts))}
+    lines = []
+    for rule in unused:
+        bare = rule.shown
+        close = get_close_matches(bare, sorted(roles | tails), n=3, cutoff=0.5)
+        lines.append(f"rule {rule.pattern!r}: {rule.label} matches no layer and no role."
+                     + (f" Did you mean {' or '.join(map(repr, close))}?" if close else ""))  # fmt: skip
+    present = ", ".join(sorted(roles)) or "none"
+    layers = sorted(s.name for s in sites if s.is_linear)
+    some = ", ".join(layers[:8]) + (", …" if len(layers) > 8 else "") if layers else "none"
+    raise PolicyError("\n".join(lines) + f"\nRoles here: {present}. Layers: {some}")

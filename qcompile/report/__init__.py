@@ -1,0 +1,7 @@
+"""Reports of a plan for people and programs."""
+
+from __future__ import annotations
+
+from .table import Report
+
+__all__ = ["Report"]

@@ -1,0 +1,185 @@
+"""A quantized weight is a parameter: :class:`QuantizedTensor` holds the planes under the parameter's own name."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from . import ops
+from .errors import UnsupportedOnTensorError
+from .formats import Scheme, reference, register_scheme, scheme_of
+from .formats.layout import check_planes
+
+
+class QuantizedTensor(torch.Tensor):
+    """A weight in the format of its class's ``scheme``; behaves as a float tensor of ``dtype`` and ``shape``.
+
+    There is one subclass for each scheme and orientation (:func:`tensor_class`), so type, shape and dtype alone decide
+    the shapes of all planes. ``transposed`` classes present the weight as ``[K, N]`` (GPT-2's Conv1D, ``.t()``); planes
+    are always those of the ``[N, K]`` weight. ``dtype`` is what :meth:`dequantize` gives. Not differentiable itself;
+    operators on it have gradients for their float inputs.
+    """
+
+    scheme: ClassVar[Scheme]
+    key: ClassVar[str]
+    transposed: ClassVar[bool]
+
+    @staticmethod
+    def __new__(
+        cls: type[QuantizedTensor], planes: Sequence[torch.Tensor], shape: Sequence[int], dtype: torch.dtype
+    ) -> QuantizedTensor:
+        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=planes[0].device)
+        for plane, tensor in zip(cls.scheme.format.planes, planes, strict=True):
+            setattr(made, f"_{plane.name}", tensor)
+        return made
+
+    @property
+    def nk(self) -> tuple[int, int]:
+        """(N, K): output and input features."""
+        rows, cols = self.shape
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    @property
+    def planes(self) -> list[torch.Tensor]:
+        """The stored planes in spec order; see :mod:`qcompile.formats.layout` for their shapes."""
+        return [getattr(self, f"_{p.name}") for p in self.scheme.format.planes]
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of the planes, padding included."""
+        return sum(p.nbytes for p in self.planes)
+
+    def dequantize(self) -> torch.Tensor:  # type: ignore[override]
+        """The float tensor of this shape and dtype that the planes stand for."""
+        n, k = self.nk
+        weight = ops.decode(self.planes, self.key, n, k, self.dtype)
+        return weight.t() if self.transposed else weight
+
+    def with_planes(
+        self, planes: Sequence[torch.Tensor], shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    ) -> QuantizedTensor:
+        """A tensor of this class over other ``planes``."""
+        return type(self)(planes, self.shape if shape is None else shape, dtype or self.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype]]:
+        return [f"_{p.name}" for p in self.scheme.format.planes], (self.dtype,)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, torch.Tensor], ctx: tuple[torch.dtype], outer_size: Sequence[int], outer_stride: object
+    ) -> QuantizedTensor:
+        return cls([inner[f"_{p.name}"] for p in cls.scheme.format.planes], outer_size, ctx[0])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from .tensor_ops import FUNCTIONS
+
+        if func in FUNCTIONS:
+            return FUNCTIONS[func](*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from .tensor_ops import ATEN
+
+        if func not in ATEN:
+            raise UnsupportedOnTensorError(f"{func} is not defined on a weight packed as {cls.scheme.label}; call "
+                                           ".dequantize() for a float tensor, or leave this layer in float by a policy rule")  # fmt: skip
+        return ATEN[func](*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        if id(self) not in memo:
+            copied = self.with_planes([p.clone() for p in self.planes])
+            memo[id(self)] = as_parameter(copied) if isinstance(self, torch.nn.Parameter) else copied
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        return rebuild, (self.key, self.transposed, self.planes, tuple(self.shape), self.dtype, is_parameter)
+
+    def _stable_hash_for_caching(self) -> str:
+        """Everything that decides a compiled graph: scheme with the format's fingerprint, orientation, shape, dtype, device."""
+        text = repr((self.key, self.transposed, tuple(self.shape), self.dtype, self.device))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def share_memory_(self) -> QuantizedTensor:
+        for plane in self.planes:
+            plane.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return all(p.is_shared() for p in self.planes)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"QuantizedTensor({self.scheme.label}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+_CLASS_NAME = re.compile(r"Quantized_(?P<format>\w+?)(?P<activations>__act_(int8|fp8))?(?P<transposed>__t)?")
+
+
+def tensor_class(scheme: Scheme, transposed: bool = False) -> type[QuantizedTensor]:
+    """The one subclass of :class:`QuantizedTensor` for ``scheme`` and orientation; an attribute of this module, so that
+    compilation caches can pickle a reference to it."""
+    return _tensor_class(scheme, transposed)
+
+
+@functools.lru_cache(maxsize=None)
+def _tensor_class(scheme: Scheme, transposed: bool) -> type[QuantizedTensor]:
+    act = f"__act_{scheme.activations}" if scheme.activations else ""
+    name = f"Quantized_{scheme.format.name}{act}{'__t' if transposed else ''}"
+    members = {"scheme": scheme, "key": register_scheme(scheme), "transposed": transposed, "__module__": __name__}
+    made = type(name, (QuantizedTensor,), members)
+    setattr(sys.modules[__name__], name, made)
+    return made
+
+
+def __getattr__(name: str) -> type[QuantizedTensor]:
+    """Classes of registered formats by name, made on demand: a cache may be read before anything was quantized."""
+    from .formats import REGISTRY
+
+    match = _CLASS_NAME.fullmatch(name)
+    if match is None or match["format"] not in REGISTRY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    activations = match["activations"].removeprefix("__act_") if match["activations"] else None
+    return tensor_class(Scheme(REGISTRY[match["format"]], activations), match["transposed"] is not None)
+
+
+def quantize(
+    weight: torch.Tensor, scheme: Scheme, *, transposed: bool = False, layer: str = "weight"
+) -> QuantizedTensor:
+    """Packs a float weight ``[N, K]`` (``[K, N]`` if ``transposed``) by round-to-nearest or the format's own quantizer.
+
+    Peak memory is the planes plus one chunk of rows. Raises :class:`~qcompile.errors.WeightError`, naming ``layer``.
+    """
+    matrix = weight.detach().t() if transposed else weight.detach()
+    planes = reference.quantize(scheme.format, matrix, layer)
+    return tensor_class(scheme, transposed)(planes, weight.shape, weight.dtype)
+
+
+def as_parameter(tensor: QuantizedTensor) -> torch.nn.Parameter:
+    """``tensor`` as a frozen parameter."""
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def rebuild(
+    key: str, transposed: bool, planes: list[torch.Tensor], shape: Sequence[int], dtype: torch.dtype, parameter: bool
+) -> torch.Tensor:
+    """Makes a tensor from what :func:`torch.save` wrote. Raises ``UnknownFormatError`` for a format this process does
+    not know, ``LayoutError`` for planes that do not fit the shape."""
+    made = tensor_class(scheme_of(key), transposed)(planes, shape, dtype)
+    check_planes(made.scheme.format, planes, *made.nk)
+    return as_parameter(made) if parameter else made
+
+
+torch.serialization.add_safe_globals([rebuild])

@@ -1,0 +1,221 @@
+"""What PyTorch functions mean on a :class:`~qcompile.tensor.QuantizedTensor`.
+
+Linear algebra runs on the packed planes. Operations along rows (and K, where groups allow) unpack codes, move them and
+pack again: exact, no second rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import ops
+from .errors import UnsupportedOnTensorError
+from .formats import ROW, reference
+from .formats.layout import pack_plane, unpack_plane
+from .tensor import QuantizedTensor, tensor_class
+
+aten = torch.ops.aten
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""``__torch_function__``: functions that must be seen before PyTorch decomposes them."""
+ATEN: dict[Any, Callable[..., Any]] = {}
+"""``__torch_dispatch__``: ATen operators."""
+
+
+def _implements(table: dict[Any, Callable[..., Any]], *functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        table.update(dict.fromkeys(functions, implementation))
+        return implementation
+
+    return register
+
+
+@_implements(FUNCTIONS, F.linear)
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if not isinstance(weight, QuantizedTensor) or isinstance(input, QuantizedTensor):
+        raise UnsupportedOnTensorError("F.linear takes a packed tensor as its weight only; call .dequantize() on the input")
+    if torch.is_autocast_enabled(input.device.type):
+        input = input.to(torch.get_autocast_dtype(input.device.type))
+    return _matmul(input, weight.t() if weight.transposed else weight, bias)
+
+
+@_implements(ATEN, aten.linear.default)
+def _aten_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return _matmul(x, weight, bias)
+
+
+def _matmul(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K] · weight [N, K]ᵀ + bias. A weight that is used the other way around is decoded first."""
+    n, k = weight.nk
+    if x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"linear: input has {x.shape[-1]} features, the {weight.scheme.label} weight is "
+                           f"{list(weight.shape)} and takes {weight.shape[1]}")  # fmt: skip
+    if weight.transposed:
+        return F.linear(x, weight.dequantize().to(x.dtype), bias)
+    return ops.linear(x, weight.planes, bias, weight.key, n)
+
+
+@_implements(ATEN, aten.mm.default, aten.matmul.default)
+def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if isinstance(a, QuantizedTensor):
+        return a.dequantize() @ (b.dequantize() if isinstance(b, QuantizedTensor) else b)
+    assert isinstance(b, QuantizedTensor)
+    return _matmul(a, _transpose(b))
+
+
+@_implements(ATEN, aten.addmm.default)
+def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
+    if beta == 1 and alpha == 1 and bias.dim() == 1 and isinstance(b, QuantizedTensor) and type(a) is not type(b):
+        return _matmul(a, _transpose(b), bias)
+    return alpha * _mm(a, b) + beta * bias
+
+
+@_implements(ATEN, aten.t.default)
+def _transpose(w: QuantizedTensor, *_: int) -> QuantizedTensor:
+    return tensor_class(w.scheme, not w.transposed)(w.planes, w.shape[::-1], w.dtype)
+
+
+@_implements(ATEN, aten.transpose.int)
+def _transpose_dims(w: QuantizedTensor, dim0: int, dim1: int) -> QuantizedTensor:
+    return _transpose(w) if dim0 % 2 != dim1 % 2 else w.with_planes(w.planes)
+
+
+@_implements(ATEN, aten.permute.default)
+def _permute(w: QuantizedTensor, dims: list[int]) -> QuantizedTensor:
+    return _transpose_dims(w, 0, 1 if dims[0] % 2 == 1 else 0)
+
+
+@_implements(ATEN, aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+def _alias(w: QuantizedTensor) -> QuantizedTensor:
+    return w.with_planes([p.detach() for p in w.planes])
+
+
+@_implements(ATEN, aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+def _view(w: QuantizedTensor, shape: list[int]) -> QuantizedTensor:
+    if list(w.shape) != [s if s != -1 else w.numel() // max(1, -torch.Size(shape).numel()) for s in shape]:
+        raise UnsupportedOnTensorError(f"view of a packed weight {list(w.shape)} as {list(shape)}: call .dequantize() first")
+    return _alias(w)
+
+
+@_implements(ATEN, aten.clone.default)
+def _clone(w: QuantizedTensor, *, memory_format: Any = None) -> QuantizedTensor:
+    return w.with_planes([p.clone() for p in w.planes])
+
+
+@_implements(ATEN, aten.contiguous.default)
+def _contiguous(w: QuantizedTensor, *, memory_format: Any = None) -> QuantizedTensor:
+    return w
+
+
+@_implements(ATEN, aten._to_copy.default)
+def _to_copy(
+    w: QuantizedTensor, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **_: Any
+) -> Any:
+    """A change of float dtype aliases the planes (they do not depend on it); a change of device moves them."""
+    if dtype is not None and not dtype.is_floating_point:
+        return w.dequantize().to(dtype=dtype, device=device)
+    planes = [p.to(device=device, non_blocking=non_blocking) if device is not None else p for p in w.planes]
+    return w.with_planes(planes, dtype=dtype)
+
+
+@_implements(ATEN, aten.empty_like.default, aten.zeros_like.default)
+def _like(w: QuantizedTensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> QuantizedTensor:
+    return w.with_planes([torch.zeros_like(p, device=device) for p in w.planes], dtype=dtype)
+
+
+@_implements(ATEN, aten.copy_.default)
+def _copy_(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """Packed to packed of one class copies planes; anything else goes through float and is quantized again."""
+    if not isinstance(dst, QuantizedTensor):
+        assert isinstance(src, QuantizedTensor)
+        return dst.copy_(src.dequantize(), non_blocking)
+    if src.shape != dst.shape:
+        raise RuntimeError(f"copy_: the packed weight is {list(dst.shape)}, the source is {list(src.shape)}")
+    if type(src) is type(dst):
+        planes = src.planes  # type: ignore[attr-defined]
+    else:
+        floats = (src.dequantize() if isinstance(src, QuantizedTensor) else src).to(dst.device)
+        planes = reference.quantize(dst.scheme.format, floats.t() if dst.transposed else floats)
+    for mine, theirs in zip(dst.planes, planes, strict=True):
+        mine.copy_(theirs, non_blocking)
+    return dst
+
+
+@_implements(ATEN, aten.equal.default)
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if type(a) is type(b) and a.shape == b.shape:
+        return all(torch.equal(p, q) for p, q in zip(a.planes, b.planes, strict=True))  # type: ignore[attr-defined]
+    floats = [t.dequantize() if isinstance(t, QuantizedTensor) else t for t in (a, b)]
+    return torch.equal(*floats)
+
+
+def _rows(w: QuantizedTensor, pick: Callable[[torch.Tensor], torch.Tensor], n: int) -> QuantizedTensor:
+    """``pick`` applied to the rows ``[N, entries]`` of every plane; ``n`` rows come out."""
+    spec, (rows, k) = w.scheme.format, w.nk
+    planes = [pack_plane(p, pick(unpack_plane(p, t, rows)), spec.plane_shape(p, n, k))
+              for p, t in zip(spec.planes, w.planes, strict=True)]  # fmt: skip
+    return w.with_planes(planes, (k, n) if w.transposed else (n, k))
+
+
+def _columns(w: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    """Weights ``start``…``stop`` along K; both must lie on group borders (``stop`` may be K)."""
+    spec, (n, k) = w.scheme.format, w.nk
+    group = spec.period
+    if group != ROW and (start % group or (stop % group and stop != k)):
+        raise UnsupportedOnTensorError(f"slice {start}:{stop} along K = {k} cuts a group of {group} weights of "
+                                       f"{spec.name}; slice at multiples of {group}, or call .dequantize() first")  # fmt: skip
+    planes = []
+    for p, t in zip(spec.planes, w.planes, strict=True):
+        entries = unpack_plane(p, t, n)
+        if p.per != ROW:
+            entries = entries[:, start // p.per : -(-stop // p.per)]
+        planes.append(pack_plane(p, entries, spec.plane_shape(p, n, stop - start)))
+    return w.with_planes(planes, (stop - start, n) if w.transposed else (n, stop - start))
+
+
+@_implements(ATEN, aten.slice.Tensor)
+def _slice(w: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> QuantizedTensor:
+    start, stop, step = slice(start, end, step).indices(w.shape[dim])
+    if (start, stop, step) == (0, w.shape[dim], 1):
+        return _alias(w)
+    if (dim % 2 == 0) != w.transposed:
+        return _rows(w, lambda rows: rows[start:stop:step], len(range(start, stop, step)))
+    if step != 1:
+        raise UnsupportedOnTensorError(f"slice with step {step} along K of a packed weight: call .dequantize() first")
+    return _columns(w, start, max(start, stop))
+
+
+@_implements(ATEN, aten.split.Tensor)
+def _split(w: QuantizedTensor, size: int, dim: int = 0) -> list[QuantizedTensor]:
+    return [_slice(w, dim, i, i + size) for i in range(0, w.shape[dim], size)]
+
+
+@_implements(ATEN, aten.index_select.default)
+def _index_select(w: QuantizedTensor, dim: int, index: torch.Tensor) -> Any:
+    if (dim % 2 == 0) == w.transposed:
+        return w.dequantize().index_select(dim, index)
+    return _rows(w, lambda rows: rows.index_select(0, index), index.numel())
+
+
+@_implements(ATEN, aten.select.int)
+def _select(w: QuantizedTensor, dim: int, index: int) -> torch.Tensor:
+    """One row or column, as a float vector."""
+    if (dim % 2 == 0) == w.transposed:
+        return w.dequantize().select(dim, index)
+    row = _slice(w, dim, index % w.shape[dim], index % w.shape[dim] + 1)
+    return row.dequantize().select(dim, 0)
+
+
+@_implements(ATEN, aten.embedding.default)
+def _embedding(w: QuantizedTensor, indices: torch.Tensor, *_: Any) -> torch.Tensor:
+    """Gathers the packed rows that ``indices`` name and decodes only those; out of range raises ``IndexError``."""
+    if w.transposed:
+        return F.embedding(indices, w.dequantize())
+    flat = indices.reshape(-1)
+    if not isinstance(flat, torch._subclasses.FakeTensor) and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < w.shape[0]:
+        raise IndexError(f"embedding: indices reach from {int(flat.min())} to {int(flat.max())}, the table has {w.shape[0]} rows")
+    gathered = _rows(w, lambda rows: rows.index_select(0, flat), flat.numel())
+    return gathered.dequantize().view(*indices.shape, w.shape[1])
