@@ -27,7 +27,7 @@ unit: $(READY)
 	$(BIN)/pytest $(PYTEST)
 
 bench: $(VENV)/.ready-bench
-	@set -e; for question in benchmarks/bench_*.py; do echo "$$question"; $(BIN)/python $$question; done
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -4,10 +4,8 @@ The first run trains for three to four minutes on two cores and keeps the model;
 """
 
 import copy
-import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import quiet  # noqa: F401  (before transformers)
 import torch
 from measure import parameter_bytes
 from rich.console import Console
@@ -35,7 +33,7 @@ def main() -> None:
     model, tokenizer, held_out = trained_decoder()
     ids = encode(tokenizer, [held_out])
     table = Table(title=f"Llama-shaped decoder, {parameter_bytes(model) / 4e6:.1f} million weights")
-    for heading in ("policy", "perplexity, held-out", "parameters, MB", "of float"):
+    for heading in ("policy", "held-out perplexity", "MB", "of float"):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     table.add_row("unigrams", f"{figures()['unigram_perplexity']:.1f}", "", "")
     continuations = {}

@@ -218,7 +218,7 @@ def figures() -> dict[str, Any]:
 def trained_decoder() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, str]:
     """The trained decoder in float32 and eval mode, its tokenizer, and text that it was not trained on.
 
-    The first call trains (minutes) and saves under `cache_directory()`; processes that call meanwhile wait for
+    The first call trains (minutes) and saves under `cache_directory()`; processes calling meanwhile wait for
     it. The directory appears by one rename: an interrupted training leaves nothing behind.
     """
     directory = cache_directory()

@@ -123,8 +123,7 @@ class Compilation:
         here = {id(v) for v in self.parameters}
         whole = all(id(p) in here for p in self.root.parameters() if p.dim() >= 2)
         sites = [*self.sites, *self.recorder.sites()]
-        if whole:
-            check_rules(self.options.policy, sites, [name for name, _ in self.root.named_modules()])
+        check_rules(self.options.policy, sites, [name for name, _ in self.root.named_modules()], whole=whole)
 
     def _slots(self, site: Site) -> tuple[Slot, ...]:
         """Every place that holds the site's parameter."""

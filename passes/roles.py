@@ -14,7 +14,7 @@ from torch.fx import Node
 from qcompile.plan import ROLES
 
 from .sites import Attention, Graph, barrier, projections
-from .trace import Inputs, ancestors, descendants, op_name
+from .trace import Inputs, ancestors, data_inputs, descendants, is_size, op_name, writes_in_place
 from .vocabulary import ACTIVATIONS, COUNTED, ELEMENTWISE, LOSSES, MADE, WEIGHT_OPERANDS
 
 Q, K, V, O, GATE, UP, DOWN, EMBED, HEAD = ROLES  # noqa: E741 — the field's letters
@@ -25,11 +25,13 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys("v_proj value v_lin to_v wv".split(), (V,)),
     **dict.fromkeys("qkv qkv_proj c_attn query_key_value Wqkv to_qkv".split(), (Q, K, V)),
     **dict.fromkeys("o_proj out_proj out_lin".split(), (O,)),
-    "gate_proj": (GATE,), "up_proj": (UP,), "gate_up_proj": (GATE, UP),
+    "gate_proj": (GATE,),
+    "up_proj": (UP,),
+    "gate_up_proj": (GATE, UP),
     **dict.fromkeys("fc1 c_fc dense_h_to_4h".split(), (GATE, UP)),
     **dict.fromkeys("down_proj fc2 dense_4h_to_h".split(), (DOWN,)),
     **dict.fromkeys("lm_head embed_out output_projection".split(), (HEAD,)),
-}  # fmt: skip
+}
 """Last components of module names that tell a role where a graph break hides the other end of an edge."""
 
 
@@ -48,7 +50,7 @@ def find_roles(graph: Graph, attentions: list[Attention]) -> Roles:
 
 
 def _attention(graph: Graph, attentions: list[Attention], roles: Roles) -> None:
-    """The linears that q, k and v come from; the first linear after the attended values, before any residual sum."""
+    """The linears that q, k and v come from; the first linear after attention, before any residual sum."""
     stop = barrier(graph, attentions)
     for attention in attentions:
         for role, sources in zip((Q, K, V), projections(attention, graph, attentions), strict=True):
@@ -62,12 +64,12 @@ def _attention(graph: Graph, attentions: list[Attention], roles: Roles) -> None:
 
 def _adds_tensors(node: Node, inputs: Inputs) -> bool:
     """Whether the node adds two activations, as a residual connection does."""
-    return op_name(node) == "add" and sum(n not in inputs.parameters for n in node.all_input_nodes) > 1
+    return op_name(node) == "add" and sum(n not in inputs.parameters for n in data_inputs(node)) > 1
 
 
 def _embed_tokens(graph: Graph, roles: Roles) -> None:
-    """Tables indexed by an integer input of the graph. Where several such embeddings are added up (positions or token
-    types given as inputs), only those with the most rows are of tokens."""
+    """Tables indexed by an integer input of the graph. Where several such embeddings are added up (positions
+    or token types given as inputs), only those with the most rows are of tokens."""
     tokens = [n for n, e in graph.embeddings.items() if _indexed_by_input(e.index, graph.inputs)]
 
     def keeps(node: Node) -> bool:
@@ -94,9 +96,9 @@ def _indexed_by_input(index: object, inputs: Inputs) -> bool:
 
 
 def _lm_head(graph: Graph, roles: Roles) -> None:
-    """A linear over the table of an embedding of tokens; or one with as many rows as that table whose result reaches the
-    graph's output or a loss through operators of one tensor (slices, casts, scaling, soft-capping), so that no residual
-    connection lies between."""
+    """A linear over the table of an embedding of tokens; or one with as many rows as that table whose result
+    reaches the graph's output or a loss through operators of one tensor (slices, casts, scaling,
+    soft-capping), so that no residual connection lies between."""
     tables = {e.table for n, e in graph.embeddings.items() if EMBED in roles[n]}
     rows = {graph.inputs.parameters[table].shape[0] for table in tables}
     for node, linear in graph.linears.items():
@@ -107,10 +109,10 @@ def _lm_head(graph: Graph, roles: Roles) -> None:
 
 
 def _ends_graph(node: Node, inputs: Inputs) -> bool:
-    """Whether the value reaches the output, a loss or a choice of token through operators of one activation."""
+    """Whether the value reaches the output, a loss or a choice of token through operators of one tensor."""
 
     def several(user: Node) -> bool:
-        return sum(n not in inputs.parameters for n in user.all_input_nodes) > 1
+        return sum(n not in inputs.parameters for n in data_inputs(user)) > 1
 
     users = descendants(node, lambda n: n.op == "output" or several(n) or op_name(n) in WEIGHT_OPERANDS)
     return any(user.op == "output" or op_name(user) in LOSSES for user in users)
@@ -118,8 +120,8 @@ def _ends_graph(node: Node, inputs: Inputs) -> bool:
 
 @dataclass(frozen=True)
 class Region:
-    """Linears that an elementwise value is made of alone: ``all`` of them, those behind an activation function (``bent``),
-    and whether a nonlinearity or a product of different linears is in it."""
+    """Linears that an elementwise value is made of alone: ``all`` of them, those behind an activation
+    function (``bent``), and whether a nonlinearity or a product of different linears is in it."""
 
     all: frozenset[Node] = frozenset()
     bent: frozenset[Node] = frozenset()
@@ -127,20 +129,20 @@ class Region:
 
 
 def _regions(graph: Graph) -> dict[Node, Region | None]:
-    """For every node the linears it is an elementwise function of; None where anything else enters, as it does in a
-    residual stream (embeddings, attention, convolution, the graph's inputs)."""
+    """For every node the linears it is an elementwise function of; None where anything else enters, as it
+    does in a residual stream (embeddings, attention, convolution, the graph's inputs)."""
     regions: dict[Node, Region | None] = {}
     for node in graph.nodes:
         if node in graph.linears:
             regions[node] = Region(frozenset([node]))
-        elif node in graph.inputs.parameters or op_name(node) in MADE:
+        elif node in graph.inputs.parameters or op_name(node) in MADE or is_size(node):
             regions[node] = Region()
         elif node.op in ("placeholder", "get_attr"):
             tensor = graph.inputs.activations.get(node)
             scalar = tensor is None or (tensor.is_floating_point() and tensor.dim() <= 1)
             regions[node] = Region() if scalar else None
         else:
-            regions[node] = _combined(node, [regions[n] for n in node.all_input_nodes])
+            regions[node] = _combined(node, [regions[n] for n in data_inputs(node)])
     return regions
 
 
@@ -152,15 +154,15 @@ def _combined(node: Node, parts: list[Region | None]) -> Region | None:
     everything = frozenset().union(*(p.all for p in known))
     if name in ACTIVATIONS:
         return Region(everything, everything, nonlinear=bool(everything))
-    factors = {p.all for p in known if p.all}
-    product = name == "mul" and len(factors) > 1
-    return Region(everything, frozenset().union(*(p.bent for p in known)), product or any(p.nonlinear for p in known))
+    bent = frozenset().union(*(p.bent for p in known))
+    product = name == "mul" and len({p.all for p in known if p.all}) > 1
+    return Region(everything, bent, nonlinear=product or any(p.nonlinear for p in known))
 
 
 def _mlp(graph: Graph, roles: Roles) -> None:
-    """``down(act(gate(x)) * up(x))`` and ``down(act(up(x)))``: a linear whose input is an elementwise, nonlinear function of
-    linears outside attention alone. It must give the width that its gate takes, or feed something in the graph, so that
-    a classifier behind a pooler is no MLP."""
+    """``down(act(gate(x)) * up(x))`` and ``down(act(up(x)))``: a linear whose input is an elementwise,
+    nonlinear function of linears outside attention alone. It must give the width that its gate takes, or feed
+    something in the graph, so that a classifier behind a pooler is no MLP."""
     regions = _regions(graph)
     for node, linear in graph.linears.items():
         region = regions.get(linear.input) if isinstance(linear.input, Node) else None
@@ -168,39 +170,42 @@ def _mlp(graph: Graph, roles: Roles) -> None:
             continue
         if any(roles[n] - {GATE, UP} for n in region.all):
             continue
-        widths = {graph.linears[n].shape[1] for n in region.all if graph.linears[n].shape is not None}  # type: ignore[index]
+        shapes = [graph.linears[n].shape for n in region.all]
+        widths = {shape[1] for shape in shapes if shape is not None}
         if linear.shape is not None and linear.shape[0] not in widths and _ends_graph(node, graph.inputs):
             continue
         roles[node].add(DOWN)
         gates = region.bent or region.all
-        for source in region.all:
-            roles[source] |= ({GATE} if source in gates else set()) | ({UP} if source not in gates or gates == region.all else set())
+        ups = region.all - gates or gates
+        for role, sources in ((GATE, gates), (UP, ups)):
+            for source in sources:
+                roles[source].add(role)
 
 
 def _by_name(graph: Graph, attentions: list[Attention], roles: Roles) -> None:
-    """The usual names, for linears that the graph tells nothing of and whose other end lies beyond the graph: projections
-    whose result leaves it; output projections whose input enters it."""
+    """The usual names, for linears that the graph tells nothing of and whose other end lies beyond the graph:
+    projections whose result leaves it (also into a cache); output projections whose input enters it."""
     stop = barrier(graph, attentions)
     for node, linear in graph.linears.items():
         usual = USUAL_NAMES.get(linear.name.rpartition(".")[2], ())
         if roles[node] or not usual:
             continue
         if usual in ((O,), (DOWN,)):
-            beyond = _enters_graph(linear.input, graph.inputs)
+            beyond = _enters_graph(linear.input, graph)
         elif usual == (HEAD,):
             beyond = _ends_graph(node, graph.inputs)
         else:
-            beyond = any(n.op == "output" for n in descendants(node, stop))
+            beyond = any(n.op == "output" or writes_in_place(n) for n in descendants(node, stop))
         if beyond:
             roles[node].update(usual)
 
 
-def _enters_graph(value: object, inputs: Inputs) -> bool:
+def _enters_graph(value: object, graph: Graph) -> bool:
     """Whether the value is an input of the graph, seen through operators of one activation."""
-    while isinstance(value, Node):
-        if value in inputs.activations:
+    while isinstance(value, Node) and value not in graph.linears:
+        if value in graph.inputs.activations:
             return value.op == "placeholder"
-        sources = [n for n in value.all_input_nodes if n not in inputs.parameters]
+        sources = [n for n in data_inputs(value) if n not in graph.inputs.parameters]
         if len(sources) != 1:
             return False
         value = sources[0]

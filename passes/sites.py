@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.fx import Node
 
-from .trace import Inputs, ancestors, descendants, op_name, operand
-from .vocabulary import ACTIVATIONS, ELEMENTWISE, PRODUCTS
+from .trace import Inputs, Operand, ancestors, descendants, op_name, operand
+from .vocabulary import ACTIVATIONS, ELEMENTWISE, MASKS, PRODUCTS
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear-like node: its ``input`` operand, its ``shape`` (N, K) if known, its ``weight`` parameter's node, its
-    module ``name``."""
+    """A linear-like node: its ``input`` operand, its ``shape`` (N, K) if known, its ``weight`` parameter's
+    node, its module ``name``."""
 
     input: object
     shape: tuple[int, int] | None
@@ -32,7 +32,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Attention:
-    """``node`` gives the attended values; ``q``, ``k``, ``v`` are its operands; ``fused`` when it is one operator."""
+    """``node`` gives the attended values of operands ``q``, ``k``, ``v``; ``fused``: it is one operator."""
 
     node: Node
     q: object
@@ -47,14 +47,16 @@ class Graph:
 
     nodes: list[Node]
     inputs: Inputs
-    linears: Mapping[Node, Linear]
-    embeddings: Mapping[Node, Embedding]
+    linears: dict[Node, Linear]
+    embeddings: dict[Node, Embedding]
+    operands: dict[Node, Operand]
+    """Weight operands of every matrix product, of activations too."""
 
 
-def find_attention(nodes: list[Node], linears: Mapping[Node, Linear]) -> list[Attention]:
-    """Attention operators, and products written out around a softmax: ``softmax(q kᵀ …) v``, in graph order."""
+def find_attention(graph: Graph) -> list[Attention]:
+    """Attention operators, and products around a softmax, ``softmax(q kᵀ …) v``, in graph order."""
     found: list[Attention] = []
-    for node in nodes:
+    for node in graph.nodes:
         name = op_name(node)
         if "scaled_dot_product" in name or name == "flex_attention":
             q, k, v = (operand(node, i, w) for i, w in enumerate(("query", "key", "value")))
@@ -62,19 +64,20 @@ def find_attention(nodes: list[Node], linears: Mapping[Node, Linear]) -> list[At
         elif name == "multi_head_attention_forward":
             found.append(Attention(node, None, None, None, fused=True))
         elif name == "softmax":
-            found += _written_out(node, linears)
-    order = {node: i for i, node in enumerate(nodes)}
+            found += _written_out(node, graph)
+    order = {node: i for i, node in enumerate(graph.nodes)}
     return sorted(found, key=lambda a: order[a.node])
 
 
-def _written_out(softmax: Node, linears: Mapping[Node, Linear]) -> list[Attention]:
-    """The attention around ``softmax``: one product of activations before it and one after it, elementwise between."""
+def _written_out(softmax: Node, graph: Graph) -> list[Attention]:
+    """The attention around ``softmax``: one product of activations before it, one after it, and elementwise
+    operators between."""
 
     def is_product(node: Node) -> bool:
-        return op_name(node) in PRODUCTS and node not in linears
+        return op_name(node) in PRODUCTS and node not in graph.linears
 
     def leaves(node: Node) -> bool:
-        return node is not softmax and op_name(node) not in ELEMENTWISE | ACTIVATIONS | {"masked_fill", "nan_to_num"}
+        return node is not softmax and op_name(node) not in ELEMENTWISE | ACTIVATIONS | MASKS
 
     scores = [n for n in ancestors([softmax], leaves) if is_product(n)]
     values = [n for n in descendants(softmax, leaves) if is_product(n)]
@@ -88,10 +91,11 @@ def _written_out(softmax: Node, linears: Mapping[Node, Linear]) -> list[Attentio
 
 def _factors(product: Node) -> tuple[object, object]:
     first, second = PRODUCTS[op_name(product)]
-    flat = product.args if op_name(product) != "einsum" or len(product.args) > 2 else (None, *product.args[1])  # type: ignore[misc]
-    left = flat[first] if first < len(flat) else operand(product, first, "input", "batch1")
-    right = flat[second] if second < len(flat) else operand(product, second, "other", "mat2", "batch2")
-    return left, right
+    factors = operand(product, first)
+    if isinstance(factors, (list, tuple)):  # einsum takes its operands one by one or as a list
+        return factors[0], factors[-1]
+    right = operand(product, second, "other", "mat2", "batch2")
+    return operand(product, first, "input", "batch1"), right
 
 
 def barrier(graph: Graph, attentions: list[Attention]) -> Callable[[Node], bool]:
@@ -100,14 +104,26 @@ def barrier(graph: Graph, attentions: list[Attention]) -> Callable[[Node], bool]
 
     def stop(node: Node) -> bool:
         name = op_name(node)
-        return (node in graph.linears or node in attended or node in graph.embeddings or node in graph.inputs.parameters
-                or name in PRODUCTS or name == "softmax" or name.startswith("conv"))  # fmt: skip
+        return (
+            node in graph.linears
+            or node in attended
+            or node in graph.embeddings
+            or node in graph.inputs.parameters
+            or name in PRODUCTS
+            or name == "softmax"
+            or name.startswith("conv")
+        )
 
     return stop
 
 
-def projections(attention: Attention, graph: Graph, attentions: list[Attention]) -> tuple[set[Node], set[Node], set[Node]]:
-    """The linears that q, k and v are computed from, seen through views, rotary embeddings, norms and cache writes."""
+def projections(
+    attention: Attention, graph: Graph, attentions: list[Attention]
+) -> tuple[set[Node], set[Node], set[Node]]:
+    """The linears that q, k and v come from, seen through views, rotary embeddings, norms, cache writes."""
     stop = barrier(graph, attentions)
-    q, k, v = ({n for n in ancestors([start], stop) if n in graph.linears} for start in (attention.q, attention.k, attention.v))
+    q, k, v = (
+        {n for n in ancestors([start], stop) if n in graph.linears}
+        for start in (attention.q, attention.k, attention.v)
+    )
     return q, k, v

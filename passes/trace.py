@@ -1,22 +1,38 @@
-"""Words for torch-IR and aten graphs alike: what a node computes, which operand is the weight, and walks over the graph."""
+"""Reading torch-IR and aten graphs alike: what a node computes, where operands come from, walks."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
-from .vocabulary import SLICES
+from .vocabulary import SHAPE_QUERIES, SLICES
 
-_ALIASES = {"truediv": "div", "true_divide": "div", "multiply": "mul", "iadd": "add", "imul": "mul", "isub": "sub",
-            "itruediv": "div", "imatmul": "matmul", "swapaxes": "transpose", "swapdims": "transpose",
-            "_softmax": "softmax", "_safe_softmax": "softmax", "_unsafe_view": "view", "numpy_T": "T"}  # fmt: skip
+_ALIASES = {
+    "truediv": "div",
+    "true_divide": "div",
+    "multiply": "mul",
+    "iadd": "add",
+    "imul": "mul",
+    "isub": "sub",
+    "itruediv": "div",
+    "imatmul": "matmul",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "_softmax": "softmax",
+    "_safe_softmax": "softmax",
+    "_unsafe_view": "view",
+    "numpy_T": "T",
+}
+
 
 def op_name(node: Node) -> str:
-    """The operator's plain name, the same for a function, a method, a Python operator, an aten overload and in place:
-    ``torch.matmul``, ``x.matmul``, ``x @ y``, ``aten.matmul.default`` are all ``"matmul"``; ``x.T`` is ``"T"``.
+    """The operator's plain name, the same for a function, a method, a Python operator, an aten overload and
+    in place: ``torch.matmul``, ``x.matmul``, ``x @ y``, ``aten.matmul.default`` are all ``"matmul"``; ``x.T``
+    is ``"T"``.
 
     The empty string for nodes that compute nothing (placeholders, attributes, output).
     """
@@ -52,19 +68,55 @@ def operand(node: Node, position: int, *keywords: str) -> object:
 
 
 def example(node: Node) -> object:
-    """The (fake) value that tracing recorded for the node, from Dynamo or from export; None when there is none."""
+    """The (fake) value that Dynamo or export recorded for the node; None when there is none."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def is_size(node: Node) -> bool:
+    """Whether the node is a tensor's size or arithmetic of sizes: a way along it carries no values."""
+    scalar = isinstance(example(node), (int, float, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return scalar or op_name(node) in SHAPE_QUERIES
+
+
+def data_inputs(node: Node) -> list[Node]:
+    """The nodes whose values the node takes; sizes left out."""
+    return [n for n in node.all_input_nodes if not is_size(n)]
+
+
+def sizes(value: object) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape, with −1 for dynamic dimensions, and dtype of an example; of no tensor: empty and float32."""
+    if not isinstance(value, torch.Tensor):
+        return (), torch.float32
+    return tuple(d if isinstance(d, int) else -1 for d in value.shape), value.dtype
+
+
+def module_name(node: Node) -> str:
+    """Qualified name of the innermost module that the node was traced in, relative to the traced frame's
+    root; empty when the trace tells none. Dynamo spells it ``L['self'].model.layers[0]…``, export
+    ``model.layers.0…``."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", path)
+    path = re.sub(r"\.slice\([^)]*\)", "", path)
+    path = re.sub(r"(?:\._modules)?\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
+    return path.strip(".")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the graph's leaves hold: ``parameters`` by node (2-D weights, biases, norms), other tensors by node."""
+    """What the graph's leaves hold: ``parameters`` by node (of any rank), and other tensors by node."""
 
     parameters: dict[Node, torch.Tensor]
     activations: dict[Node, torch.Tensor]
 
     @staticmethod
-    def of(gm: torch.fx.GraphModule, example_inputs: Iterable[object], is_parameter: Callable[[torch.Tensor], bool]) -> Inputs:
+    def of(
+        gm: torch.fx.GraphModule,
+        example_inputs: Iterable[object],
+        is_parameter: Callable[[torch.Tensor], bool],
+    ) -> Inputs:
         """Placeholders take their tensors from ``example_inputs`` in order; attributes from ``gm`` itself."""
         parameters: dict[Node, torch.Tensor] = {}
         activations: dict[Node, torch.Tensor] = {}
@@ -90,8 +142,9 @@ def _attribute(root: object, path: str) -> object:
 
 @dataclass(frozen=True)
 class Operand:
-    """Where a weight operand comes from: the ``parameter`` node (None: an activation), ``flipped`` when it is the
-    parameter's transpose, and ``computed`` by the node that makes it more than that (a cast, a slice, arithmetic)."""
+    """Where a weight operand comes from: the ``parameter`` node (None: an activation), ``flipped`` when it is
+    the parameter's transpose, and ``computed`` by the node that makes it more than that (a cast, a slice,
+    arithmetic)."""
 
     parameter: Node | None
     flipped: bool
@@ -99,7 +152,7 @@ class Operand:
 
 
 def resolve(value: object, parameters: dict[Node, torch.Tensor]) -> Operand:
-    """Follows a weight operand back to its parameter, folding transposes of both dimensions and ``detach``."""
+    """Follows a weight operand back to its parameter, folding transposes and ``detach``."""
     flipped, computed = False, None
     node = value
     while isinstance(node, Node):
@@ -117,7 +170,7 @@ def resolve(value: object, parameters: dict[Node, torch.Tensor]) -> Operand:
 
 
 def folds(node: Node) -> bool | None:
-    """True for a transpose of a 2-D tensor's two dimensions, False for ``detach``, None for any other operator."""
+    """True for a transpose of both dimensions of a matrix, False for ``detach``, None for other operators."""
     name = op_name(node)
     if name in ("t", "T", "mT"):
         return True
@@ -128,47 +181,72 @@ def folds(node: Node) -> bool | None:
         return True if dims in ({0, 1}, {-1, -2}, {0, -1}, {-2, 1}) else None
     if name == "permute":
         order = node.args[1:] if len(node.args) > 2 else operand(node, 1, "dims")
-        return True if isinstance(order, (tuple, list)) and list(order) in ([1, 0], [-1, 0], [1, -2], [-1, -2]) else None
+        return True if order in ([1, 0], (1, 0), (-1, 0), (1, -2), (-1, -2)) else None
     return None
 
 
 def ancestors(starts: Iterable[object], stop: Callable[[Node], bool]) -> Iterator[Node]:
-    """Nodes that the ``starts`` are computed from, themselves included; nodes that ``stop`` holds for are yielded but
-    not entered. A tensor made or given without inputs is entered through what is written into it (cache updates)."""
-    seen: set[Node] = set()
-    queue = [n for n in starts if isinstance(n, Node)]
+    """Nodes that the ``starts`` are computed from, themselves included; nodes that ``stop`` holds for are
+    yielded but not entered. A buffer (made or given without inputs) is entered through what is copied into
+    it, as caches are."""
+    seen: set[tuple[Node, Node | None]] = set()
+    yielded: set[Node] = set()
+    queue: list[tuple[Node, Node | None]] = [(n, None) for n in starts if isinstance(n, Node)]
     while queue:
-        node = queue.pop()
-        if node in seen:
+        node, reader = queue.pop()
+        key = (node, None if data_inputs(node) else reader)
+        if key in seen:
             continue
-        seen.add(node)
-        yield node
+        seen.add(key)
+        if node not in yielded:
+            yield node
+        yielded.add(node)
         if not stop(node):
-            queue += node.all_input_nodes or _written_into(node)
+            queue += [(n, node) for n in _sources(node, reader)]
 
 
-def _written_into(buffer: Node) -> list[Node]:
-    """Tensors that are copied into ``buffer`` or into a slice of it."""
+def _sources(node: Node, reader: Node | None) -> list[Node]:
+    inputs = data_inputs(node)
+    if not inputs:
+        return _copied_into(node, reader)
+    root = node
+    while op_name(root) in SLICES and data_inputs(root):
+        root = data_inputs(root)[0]
+    if root is not node and not data_inputs(root) and (copied := _copied_into(node, None)):
+        return copied
+    return inputs
+
+
+def _copied_into(buffer: Node, reader: Node | None) -> list[Node]:
+    """Tensors copied into ``buffer`` or a slice of it, other items than ``reader`` takes left out."""
     found: list[Node] = []
     views = [buffer]
     for view in views:
         for user in view.users:
-            if user.all_input_nodes[0] is not view:
+            if user.all_input_nodes[0] is not view or (view is buffer and _other_item(user, reader)):
                 continue
             if writes_in_place(user):
-                found += user.all_input_nodes[1:]
+                found += data_inputs(user)[1:]
             elif op_name(user) in SLICES:
                 views.append(user)
     return found
 
 
+def _other_item(view: Node, reader: Node | None) -> bool:
+    """Whether both take one item of a stacked buffer, by constant indices that differ."""
+    if reader is None or op_name(view) != "getitem" or op_name(reader) != "getitem":
+        return False
+    a, b = view.args[1], reader.args[1]
+    return isinstance(a, int) and isinstance(b, int) and a != b
+
+
 def descendants(start: Node, stop: Callable[[Node], bool]) -> Iterator[Node]:
-    """Nodes computed from ``start``, itself not included; nodes that ``stop`` holds for are yielded but not entered."""
+    """Nodes with values from ``start``, without it; those that ``stop`` holds for are not entered."""
     seen: set[Node] = set()
     queue = list(start.users)
     while queue:
         node = queue.pop()
-        if node in seen:
+        if node in seen or is_size(node):
             continue
         seen.add(node)
         yield node

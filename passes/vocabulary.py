@@ -1,4 +1,4 @@
-"""Names of operators, in groups that discovery reasons with. Names are those of :func:`qcompile.passes.trace.op_name`."""
+"""Operators by name, as :func:`qcompile.passes.trace.op_name` gives it, in groups that discovery uses."""
 
 from __future__ import annotations
 
@@ -13,32 +13,42 @@ WEIGHT_OPERANDS = {
 PRODUCTS = {"matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2), "einsum": (1, 2)}
 """Operators that multiply two activations (scores, weighted values): positions of the factors."""
 
-MULTIPLIES = frozenset("bmm baddbmm einsum bilinear multi_head_attention_forward _native_multi_head_attention "
-                       "_transformer_encoder_layer_fwd".split())  # fmt: skip
-"""Operators that multiply by a weight as no kernel of ours does yet (as do grouped products of experts): they count as
-linear layers left in floating point."""
+MULTIPLIES = frozenset(
+    "bmm baddbmm einsum bilinear multi_head_attention_forward _native_multi_head_attention "
+    "_transformer_encoder_layer_fwd".split()
+)
+"""Operators that multiply by a weight as no kernel of ours does yet (as do grouped products of experts): they
+count as linear layers left in floating point."""
 
 ACTIVATIONS = frozenset(
-    "silu gelu relu relu6 leaky_relu elu selu celu mish softplus sigmoid tanh hardswish hardsigmoid hardtanh erf exp glu "
-    "softsign threshold prelu log_sigmoid".split())  # fmt: skip
+    "silu gelu relu relu6 leaky_relu elu selu celu mish softplus sigmoid tanh hardswish hardsigmoid hardtanh "
+    "erf exp glu softsign threshold prelu log_sigmoid".split()
+)
 
 ELEMENTWISE = frozenset(
-    "add sub rsub mul div neg pow square sqrt rsqrt reciprocal abs clamp clip clamp_min clamp_max minimum maximum where "
+    "add sub rsub mul div neg pow square sqrt rsqrt reciprocal abs "
+    "clamp clip clamp_min clamp_max minimum maximum where "
     "to float half bfloat16 double type type_as _to_copy dropout alpha_dropout contiguous clone "
     "view view_as reshape flatten unflatten squeeze unsqueeze transpose permute expand expand_as t T mT "
     "chunk split split_with_sizes tensor_split unbind getitem select slice narrow cat stack "
-    "layer_norm rms_norm mean sum var norm vector_norm".split())  # fmt: skip
+    "layer_norm rms_norm mean sum var norm vector_norm".split()
+)
 """Operators that keep or rearrange elements, and the norms between them."""
 
 MADE = frozenset("tensor zeros ones full empty arange zeros_like ones_like full_like scalar_tensor".split())
 """Operators whose result holds nothing of the model."""
 
-COUNTED = frozenset("arange cumsum ones ones_like new_ones range linspace".split())
+COUNTED = frozenset("arange cumsum range linspace".split())
 """Operators that positions are counted with."""
 
 LOSSES = frozenset("cross_entropy nll_loss log_softmax softmax argmax topk".split())
 
+MASKS = frozenset("masked_fill nan_to_num".split())
+"""What may stand between scores and their softmax besides elementwise operators."""
+
 SLICES = frozenset("getitem narrow select slice view".split())
 
-SHAPE_QUERIES = frozenset("size dim numel stride shape sym_size ndim dtype device is_floating_point".split())
+SHAPE_QUERIES = frozenset(
+    "size Size dim numel stride shape sym_size ndim dtype device is_floating_point".split()
+)
 """Questions about a tensor that do not read its values."""

@@ -19,9 +19,16 @@ LINEAR = frozenset({"linear", "addmm", "matmul"})
 OPERATORS = LINEAR | {"embedding", "attention", "other"}
 
 ROLES = (
-    "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "embed_tokens", "lm_head",
-)  # fmt: skip
+    "attention.q_proj",
+    "attention.k_proj",
+    "attention.v_proj",
+    "attention.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "embed_tokens",
+    "lm_head",
+)
 """What a layer can be for, as the graph tells it; a fused layer has several."""
 
 SCHEMA = 1
@@ -32,10 +39,11 @@ SCHEMA = 1
 class Site:
     """One place in a graph where a weight is used, or attention computed.
 
-    ``name`` is the module's; ``node`` and ``weight`` are names of FX nodes (the weight's placeholder or attribute; None
-    when it is no parameter) and ``parameter`` is the parameter's qualified name. ``shape``: (N, K) = (out, in features)
-    of a linear layer, the weight's own shape for other weights, q's for attention (−1: dynamic). ``transposed``: the
-    parameter is stored [K, N]. ``unsupported`` says why it cannot be quantized at all.
+    ``name`` is the module's; ``node`` and ``weight`` are names of FX nodes (the weight's placeholder or
+    attribute; None when it is no parameter) and ``parameter`` is the parameter's qualified name. ``shape``:
+    (N, K) = (out, in features) of a linear layer, the weight's own shape for other weights, q's for attention
+    (−1: dynamic). ``transposed``: the parameter is stored [K, N]. ``unsupported`` says why it cannot be
+    quantized at all.
     """
 
     name: str
@@ -51,7 +59,9 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.operator not in OPERATORS:
-            raise ValueError(f"site {self.name!r}: operator {self.operator!r} is none of {', '.join(sorted(OPERATORS))}")
+            raise ValueError(
+                f"site {self.name!r}: operator {self.operator!r} is none of {', '.join(sorted(OPERATORS))}"
+            )
 
     @property
     def is_linear(self) -> bool:
@@ -64,7 +74,8 @@ class Site:
 
     @property
     def storage(self) -> str | None:
-        """What names the weight across graphs, so that a tied weight is counted once; None without a weight."""
+        """What names the weight across graphs, so that a tied weight is counted once; None without a
+        weight."""
         return self.parameter or (self.weight and f"{self.name}:{self.weight}")
 
     @property
@@ -75,8 +86,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a policy says of a site: ``scheme`` (None: left in floating point, for ``reason``), the ``rule`` that chose it,
-    and the scheme that was ``wanted`` where the rule asked for one."""
+    """What a policy says of a site: ``scheme`` (None: left in floating point, for ``reason``), the ``rule``
+    that chose it, and the scheme that was ``wanted`` where the rule asked for one."""
 
     site: Site
     scheme: Scheme | None
@@ -106,8 +117,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over a plan; every weight counts once however many sites share it. ``share``: the part of the linear layers'
-    weights (in bytes before) that is quantized; 0 when there are none."""
+    """Sums over a plan; every weight counts once however many sites share it. ``share``: the part of the
+    linear layers' weights (in bytes before) that is quantized; 0 when there are none."""
 
     sites: int
     quantized: int
@@ -129,14 +140,16 @@ class Plan:
         return len(self.records)
 
     def merge(self, other: Iterable[Record]) -> Plan:
-        """This plan with the records of another graph: for a site in both (same name and operator) the latest wins."""
+        """This plan with the records of another graph: for a site in both (same name and operator) the latest
+        wins."""
         merged = {r.decision.site.key: r for r in self.records}
         for record in other:
             merged[record.decision.site.key] = record
         return Plan(tuple(merged.values()))
 
     def totals(self) -> Totals:
-        """Sums in which a weight counts once: as packed if any of its sites is, as a linear layer's if one of them is."""
+        """Sums in which a weight counts once: as packed if any of its sites is, as a linear layer's if one of
+        them is."""
         unique: dict[str, Record] = {}
         linear: set[str] = set()
         for record in self.records:
@@ -145,7 +158,9 @@ class Plan:
                 continue
             if record.decision.site.is_linear:
                 linear.add(name)
-            if name not in unique or (unique[name].decision.scheme is None and record.decision.scheme is not None):
+            if name not in unique or (
+                unique[name].decision.scheme is None and record.decision.scheme is not None
+            ):
                 unique[name] = record
         whole = sum(unique[name].bytes_before for name in linear)
         packed = sum(unique[name].bytes_before for name in linear if unique[name].decision.scheme is not None)
@@ -158,19 +173,30 @@ class Plan:
         )
 
     def require_all(self) -> None:
-        """Raises :class:`StrictError` naming every site that the policy meant to quantize and that was left."""
-        left = [r.decision for r in self.records if r.decision.wanted is not None and r.decision.scheme is None]
+        """Raises :class:`StrictError` naming every site that the policy meant to quantize and that was
+        left."""
+        left = [
+            r.decision for r in self.records if r.decision.wanted is not None and r.decision.scheme is None
+        ]
         if left:
-            lines = [f"  {d.site.name} ({d.site.operator}): {d.reason}, asked for {d.wanted.label} by {d.rule}"  # type: ignore[union-attr]
-                     for d in left]  # fmt: skip
-            raise StrictError(f"strict=True and {len(left)} of {len(self)} sites were left in floating point:\n"
-                              + "\n".join(lines)
-                              + "\nGive them a rule with the value 'float', or compile with strict=False.")  # fmt: skip
+            lines = [
+                f"  {d.site.name} ({d.site.operator}): {d.reason}, asked for {d.wanted.label} by {d.rule}"  # type: ignore[union-attr]
+                for d in left
+            ]
+            raise StrictError(
+                f"strict=True and {len(left)} of {len(self)} sites were left in floating point:\n"
+                + "\n".join(lines)
+                + "\nGive them a rule with the value 'float', or compile with strict=False."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON types: ``{"version", "records", "totals"}``."""
         totals = self.totals()
-        return {"version": SCHEMA, "records": [_to_dict(r) for r in self.records], "totals": dict(vars(totals))}
+        return {
+            "version": SCHEMA,
+            "records": [_to_dict(r) for r in self.records],
+            "totals": dict(vars(totals)),
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict(), indent=1)
@@ -181,29 +207,50 @@ class Plan:
         :class:`~qcompile.errors.UnknownFormatError` for a scheme that this process does not have."""
         content = json.loads(text)
         if content.get("version") != SCHEMA:
-            raise PolicyError(f"a plan of schema version {content.get('version')!r}; this release reads {SCHEMA}. "
-                              "Compile once more and save the plan again")  # fmt: skip
+            raise PolicyError(
+                f"a plan of schema version {content.get('version')!r}; this release reads {SCHEMA}. "
+                "Compile once more and save the plan again"
+            )
         return Plan(tuple(_from_dict(r) for r in content["records"]))
 
 
 def _to_dict(record: Record) -> dict[str, Any]:
     decision, site = record.decision, record.decision.site
     return {
-        "name": site.name, "operator": site.operator, "roles": sorted(site.roles), "node": site.node,
-        "weight": site.weight, "parameter": site.parameter, "shape": list(site.shape),
-        "dtype": str(site.dtype).removeprefix("torch."), "transposed": site.transposed, "unsupported": site.unsupported,
-        "scheme": decision.scheme and decision.scheme.key, "wanted": decision.wanted and decision.wanted.key,
-        "rule": decision.rule, "reason": decision.reason, "kernel": record.kernel,
-        "bytes_before": record.bytes_before, "bytes_after": record.bytes_after,
+        "name": site.name,
+        "operator": site.operator,
+        "roles": sorted(site.roles),
+        "node": site.node,
+        "weight": site.weight,
+        "parameter": site.parameter,
+        "shape": list(site.shape),
+        "dtype": str(site.dtype).removeprefix("torch."),
+        "transposed": site.transposed,
+        "unsupported": site.unsupported,
+        "scheme": decision.scheme and decision.scheme.key,
+        "wanted": decision.wanted and decision.wanted.key,
+        "rule": decision.rule,
+        "reason": decision.reason,
+        "kernel": record.kernel,
+        "bytes_before": record.bytes_before,
+        "bytes_after": record.bytes_after,
         "sqnr_db": "inf" if record.sqnr == math.inf else record.sqnr,
-    }  # fmt: skip
+    }
 
 
 def _from_dict(data: dict[str, Any]) -> Record:
     site = Site(
-        data["name"], data["operator"], frozenset(data["roles"]), data["node"], data["weight"], tuple(data["shape"]),
-        getattr(torch, data["dtype"]), data["transposed"], data["unsupported"], data["parameter"],
-    )  # fmt: skip
+        data["name"],
+        data["operator"],
+        frozenset(data["roles"]),
+        data["node"],
+        data["weight"],
+        tuple(data["shape"]),
+        getattr(torch, data["dtype"]),
+        data["transposed"],
+        data["unsupported"],
+        data["parameter"],
+    )
     scheme, wanted = (scheme_of(data[name]) if data[name] else None for name in ("scheme", "wanted"))
     decision = Decision(site, scheme, data["rule"], data["reason"], wanted)
     sqnr = None if data["sqnr_db"] is None else float(data["sqnr_db"])

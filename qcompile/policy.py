@@ -1,4 +1,4 @@
-"""Which layer is stored as what: ordered rules, what they match apart from what they set; the first match wins."""
+"""Which layer is stored as what: ordered rules, of which the first that matches wins."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -21,11 +22,21 @@ from .target import Target
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@dataclass
+class _Choice:
+    """A site, the rule that speaks for it, and why a ``tie`` to another site leaves it as it is, if so."""
+
+    site: Site
+    rule: Rule | None
+    tie: str | None = None
+
+
 class Policy:
     """Immutable, compared and hashed by value. Make one with :meth:`parse`.
 
-    ``name`` is the preset's or ``"rules"``; ``explicit`` policies are a user's own rules, whose contradictions and unused
-    rules are errors. The ``default`` policy has no rules of its own: they depend on the device.
+    ``name`` is the preset's or ``"rules"``; ``explicit`` policies are a user's own rules, whose
+    contradictions and unused rules are errors. The ``default`` policy has no rules of its own: they depend on
+    the device.
     """
 
     def __init__(self, name: str, rules: Iterable[Rule], explicit: bool) -> None:
@@ -44,18 +55,16 @@ class Policy:
         rules = ", ".join(f"{r.pattern!r}: {r.label!r}" for r in self.rules)
         return f"Policy({self.name}: {{{rules}}})"
 
-    # -- making one ---------------------------------------------------------------------------------------------------
-
     @staticmethod
     def parse(value: object = None) -> Policy:
         """A policy from what a user writes.
 
-        None: fp8 where the device computes it, else int8. A string: a preset ("fp8", "int8", "int4", "mixed", each of the
-        first three also with "_dynamic"), any registered format, or "float". A :class:`Scheme` or :class:`FormatSpec`:
-        every linear layer. A mapping, or a sequence of pairs, from pattern to value: ordered rules; values are formats'
-        names, Schemes, FormatSpecs, or "fp16", "bf16", "fp32", "float", None for "leave it in floating point".
-        Raises :class:`PolicyError` for malformed values and a pattern that comes twice,
-        :class:`~qcompile.errors.UnknownFormatError` for unknown names.
+        None: fp8 where the device computes it, else int8. A string: a preset ("fp8", "int8", "int4", "mixed",
+        each of the first three also with "_dynamic"), any registered format, or "float". A :class:`Scheme` or
+        :class:`FormatSpec`: every linear layer. A mapping, or a sequence of pairs, from pattern to value:
+        ordered rules; values are formats' names, Schemes, FormatSpecs, or "fp16", "bf16", "fp32", "float",
+        None for "leave it in floating point". Raises :class:`PolicyError` for malformed values and a pattern
+        that comes twice, :class:`~qcompile.errors.UnknownFormatError` for unknown names.
         """
         if isinstance(value, Policy):
             return value
@@ -71,7 +80,8 @@ class Policy:
         return Policy("rules", rules_from(value), explicit=True)
 
     def as_dict(self) -> dict[str, Any]:
-        """The policy as JSON types; a scheme is written as its operator key (format, fingerprint, activations)."""
+        """The policy as JSON types; a scheme is written as its operator key (format, fingerprint,
+        activations)."""
         rules = [{"pattern": r.pattern, "scheme": r.outcome} for r in self.rules]
         return {"name": self.name, "explicit": self.explicit, "rules": rules}
 
@@ -80,18 +90,19 @@ class Policy:
 
     @staticmethod
     def from_json(text: str) -> Policy:
-        """Inverse of :meth:`to_json`. Raises :class:`~qcompile.errors.UnknownFormatError` for a scheme that this process
-        does not have, also when its format was declared differently then; :class:`PolicyError` for other JSON."""
+        """Inverse of :meth:`to_json`. Raises :class:`~qcompile.errors.UnknownFormatError` for a scheme that
+        this process does not have, also when its format was declared differently then; :class:`PolicyError`
+        for other JSON."""
         try:
             content = json.loads(text)
-            rules = [Rule(r["pattern"], scheme_of(r["scheme"]) if r["scheme"] else None) for r in content["rules"]]
+            rules = [
+                Rule(r["pattern"], scheme_of(r["scheme"]) if r["scheme"] else None) for r in content["rules"]
+            ]
             return Policy(content["name"], rules, content["explicit"])
         except UnknownFormatError:
             raise
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise PolicyError(f"this is no policy saved by Policy.to_json(): {error!r}") from error
-
-    # -- deciding -----------------------------------------------------------------------------------------------------
 
     def resolved(self, target: Target) -> Policy:
         """This policy with the default's rules filled in for ``target``."""
@@ -103,23 +114,22 @@ class Policy:
     def decide(self, sites: Sequence[Site], target: Target) -> list[Decision]:
         """One decision for each site, in order. Sites that share a weight get one outcome.
 
-        Raises :class:`PolicyError` when rules contradict each other on a fused layer or a tied weight, and when a rule
-        of the user's asks to quantize a weight that is not float32, float16 or bfloat16.
+        Raises :class:`PolicyError` when rules contradict each other on a fused layer or a tied weight, and
+        when a rule of the user's asks to quantize a weight that is not float32, float16 or bfloat16.
         """
         policy = self.resolved(target)
-        chosen = [policy._first(site) for site in sites]
-        tied: dict[str, list[int]] = defaultdict(list)
-        for i, site in enumerate(sites):
-            if site.storage is not None:
-                tied[site.storage].append(i)
-        ties: dict[int, str] = {}
+        choices = [_Choice(site, policy._first(site)) for site in sites]
+        tied: dict[str, list[_Choice]] = defaultdict(list)
+        for choice in choices:
+            if choice.site.storage is not None:
+                tied[choice.site.storage].append(choice)
         for group in tied.values():
             if len(group) > 1:
-                policy._unite(sites, chosen, group, ties)
-        return [policy._decision(site, rule, ties.get(i)) for i, (site, rule) in enumerate(zip(sites, chosen, strict=True))]
+                policy._unite(group)
+        return [policy._decision(choice.site, choice.rule, choice.tie) for choice in choices]
 
     def _first(self, site: Site) -> Rule | None:
-        """The first rule that matches; checks that the roles of a fused layer do not ask for different things."""
+        """The first rule that matches; checks that the roles of a fused layer ask for one thing."""
         first = next((r for r in self.rules if r.matches(site)), None)
         if not self.explicit or first is None or first.catches_all:
             return first
@@ -129,33 +139,37 @@ class Policy:
                     continue
                 if rule.outcome != first.outcome:
                     raise PolicyError(
-                        f"rules {first.pattern!r}: {first.label} and {rule.pattern!r}: {rule.label} contradict each other "
-                        f"on {site.name!r}, one weight that is {' and '.join(sorted(site.roles))}. Give both one value, or "
-                        f"put a rule for {site.name!r} first")  # fmt: skip
+                        f"rules {first.pattern!r}: {first.label} and {rule.pattern!r}: {rule.label} "
+                        f"contradict each other on {site.name!r}, one weight that is "
+                        f"{' and '.join(sorted(site.roles))}. "
+                        f"Give both one value, or put a rule for {site.name!r} first"
+                    )
                 break
         return first
 
-    def _unite(self, sites: Sequence[Site], chosen: list[Rule | None], group: list[int], ties: dict[int, str]) -> None:
-        """One outcome for sites of one weight: the earliest specific rule's, else the catch-all's. An embedding keeps the
-        weight in floating point; ``ties`` gets the reason for its partners."""
-        specific = [i for i in group if chosen[i] is not None and not chosen[i].catches_all]  # type: ignore[union-attr]
-        if self.explicit:
-            for i in specific[1:]:
-                a, b = chosen[specific[0]], chosen[i]
-                assert a is not None and b is not None
-                if a.outcome != b.outcome:
-                    raise PolicyError(
-                        f"{sites[specific[0]].name!r} and {sites[i].name!r} share one weight, but rule {a.pattern!r} says "
-                        f"{a.label} and rule {b.pattern!r} says {b.label}. Give both one value")  # fmt: skip
-        pool = [chosen[i] for i in specific] or [chosen[i] for i in group if chosen[i] is not None]
-        winner = min(pool, key=lambda r: self.rules.index(r), default=None)  # type: ignore[arg-type]
-        holder = next((sites[i] for i in group if not sites[i].is_linear), None)
-        for i in group:
-            if sites[i].is_linear:
-                own = chosen[i]
-                chosen[i] = own if own is not None and winner is not None and own.outcome == winner.outcome else winner
-                if holder is not None:
-                    ties[i] = f"the weight is tied to {holder.operator} {holder.name!r}, which stays in floating point"
+    def _unite(self, group: list[_Choice]) -> None:
+        """One outcome for sites of one weight: the earliest specific rule's, else the catch-all's. An
+        embedding keeps the weight in floating point, and its partners get the reason."""
+        ruled = [(c.site, c.rule) for c in group if c.rule is not None]
+        specific = [(site, rule) for site, rule in ruled if not rule.catches_all]
+        for site, rule in specific[1:] if self.explicit else ():
+            other, first = specific[0]
+            if rule.outcome != first.outcome:
+                raise PolicyError(
+                    f"{other.name!r} and {site.name!r} share one weight, but rule {first.pattern!r} says "
+                    f"{first.label} and rule {rule.pattern!r} says {rule.label}. Give both one value"
+                )
+        winner = min((rule for _, rule in specific or ruled), key=self.rules.index, default=None)
+        holder = next((c.site for c in group if not c.site.is_linear), None)
+        for choice in group:
+            if not choice.site.is_linear:
+                continue
+            if choice.rule is None or winner is None or choice.rule.outcome != winner.outcome:
+                choice.rule = winner
+            if holder is not None:
+                choice.tie = (
+                    f"the weight is tied to {holder.operator} {holder.name!r}, which stays in floating point"
+                )
 
     def _decision(self, site: Site, rule: Rule | None, tie: str | None) -> Decision:
         if rule is None:
@@ -170,13 +184,16 @@ class Policy:
         if reason is None and site.dtype not in WEIGHT_DTYPES:
             reason = f"its weight is {site.dtype}, not float32, float16 or bfloat16"
             if self.explicit and not rule.catches_all:
-                raise PolicyError(f"rule {rule.pattern!r} asks for {rule.label} on {site.name!r}, but {reason}. "
-                                  "Give the layer the value 'float'")  # fmt: skip
+                raise PolicyError(
+                    f"rule {rule.pattern!r} asks for {rule.label} on {site.name!r}, but {reason}. "
+                    "Give the layer the value 'float'"
+                )
         return Decision(site, None if reason else rule.scheme, source, reason, wanted)
 
     def _means(self, rule: Rule, site: Site, tied: bool) -> bool:
-        """Whether a rule that matches a site asks for it, so that leaving it is a failure under ``strict``: linear layers,
-        but a weight tied to an embedding only where the user named it, and anything else only where named without a glob."""
+        """Whether a rule that matches a site asks for it, so that leaving it is a failure under ``strict``:
+        linear layers, but a weight tied to an embedding only where the user named it, and anything else only
+        where named without a glob."""
         if site.weight is None:
             return False
         if site.is_linear:
@@ -186,26 +203,36 @@ class Policy:
     def _source(self, rule: Rule | None) -> str:
         if self.explicit:
             return f"{rule.pattern}: {rule.label}" if rule is not None else "no rule"
-        plain = rule is None or rule.catches_all
-        return f"preset {self.name}" if plain else f"preset {self.name} ({rule.shown})"  # type: ignore[union-attr]
+        if rule is None or rule.catches_all:
+            return f"preset {self.name}"
+        return f"preset {self.name} ({rule.shown})"
 
-    def unmatched(self, sites: Iterable[Site], module_names: Iterable[str] = (), whole: bool = True) -> list[Rule]:
-        """Rules of a user's own policy that match no site and no module's name; unless the sites are the ``whole`` model's,
-        a rule on a role that some later graph may have counts as matched."""
+    def unmatched(
+        self, sites: Iterable[Site], module_names: Iterable[str] = (), whole: bool = True
+    ) -> list[Rule]:
+        """Rules of a user's own policy that match no site and no module's name; unless the sites are the
+        ``whole`` model's, a rule on a role that some later graph may have counts as matched."""
         if not self.explicit:
             return []
         sites, names = list(sites), list(module_names)
         roles = () if whole else ROLES
-        return [r for r in self.rules if not any(map(r.matches, sites)) and not any(map(r.matches_name, names))
-                and not any(map(r.matches_role, roles))]  # fmt: skip
+        return [
+            r
+            for r in self.rules
+            if not any(map(r.matches, sites))
+            and not any(map(r.matches_name, names))
+            and not any(map(r.matches_role, roles))
+        ]
 
 
-def check_rules(policy: Policy, sites: Sequence[Site], module_names: Iterable[str], whole: bool = True) -> None:
+def check_rules(
+    policy: Policy, sites: Sequence[Site], module_names: Iterable[str], whole: bool = True
+) -> None:
     """Raises :class:`PolicyError` for a rule that matches nothing, with the nearest names and roles.
 
-    ``sites`` are all that are known, ``module_names`` all of the model's modules: a rule for a module that a later graph
-    will hold (graph breaks, regional compilation) is not refused. Roles count when some site has them; unless the sites
-    are the ``whole`` model's, every role might still come.
+    ``sites`` are all that are known, ``module_names`` all of the model's modules: a rule for a module that a
+    later graph will hold (graph breaks, regional compilation) is not refused. Roles count when some site has
+    them; unless the sites are the ``whole`` model's, every role might still come.
     """
     names = list(module_names)
     unused = policy.unmatched(sites, names, whole)
@@ -218,8 +245,10 @@ def check_rules(policy: Policy, sites: Sequence[Site], module_names: Iterable[st
     for rule in unused:
         bare = rule.shown
         close = get_close_matches(bare, sorted(roles | tails), n=3, cutoff=0.5)
-        lines.append(f"rule {rule.pattern!r}: {rule.label} matches no layer and no role."
-                     + (f" Did you mean {' or '.join(map(repr, close))}?" if close else ""))  # fmt: skip
+        lines.append(
+            f"rule {rule.pattern!r}: {rule.label} matches no layer and no role."
+            + (f" Did you mean {' or '.join(map(repr, close))}?" if close else "")
+        )
     present = ", ".join(sorted(roles)) or "none"
     layers = sorted(s.name for s in sites if s.is_linear)
     some = ", ".join(layers[:8]) + (", …" if len(layers) > 8 else "") if layers else "none"

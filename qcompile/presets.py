@@ -1,4 +1,5 @@
-"""Policies by name, as data: ordered (pattern, value) pairs in the words that a user's own policy is written in."""
+"""Policies by name, as data: ordered (pattern, value) pairs in the words that a user's own policy is written
+in."""
 
 from __future__ import annotations
 
@@ -33,5 +34,6 @@ DEFAULT = "default"
 
 
 def default_preset(computes_fp8: bool) -> str:
-    """fp8 where matrix units compute it; int8 elsewhere, as 8-bit weights of either kind move equally many bytes."""
+    """fp8 where matrix units compute it; int8 elsewhere, as 8-bit weights of either kind move equally many
+    bytes."""
     return "fp8" if computes_fp8 else "int8"

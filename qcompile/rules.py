@@ -19,8 +19,9 @@ ROLE_ONLY = "role:"
 class Rule:
     """``pattern`` matches, ``scheme`` is set (None: left in floating point).
 
-    A pattern is a glob over a module's name ("model.layers.*.mlp.up_proj"), over its last components ("mlp.up_proj",
-    "lm_head"), or over a role ("attention.q_proj", "mlp.*"); after ``role:`` over roles alone.
+    A pattern is a glob over a module's name ("model.layers.*.mlp.up_proj"), over its last components
+    ("mlp.up_proj", "lm_head"), or over a role ("attention.q_proj", "mlp.*"); after ``role:`` over roles
+    alone.
     """
 
     pattern: str
@@ -37,7 +38,7 @@ class Rule:
     @property
     def outcome(self) -> str | None:
         """What two rules that agree have in common."""
-        return self.scheme and self.scheme.key
+        return self.scheme.key if self.scheme is not None else None
 
     def matches_name(self, name: str) -> bool:
         return fnmatchcase(name, self.pattern) or fnmatchcase(name, f"*.{self.pattern}")
@@ -64,14 +65,17 @@ def scheme_named(name: str, extra: Iterable[str] = ()) -> Scheme | None:
     base = name.removesuffix(DYNAMIC)
     spec = REGISTRY.get(ALIASES.get(base, base))
     if spec is None:
-        raise UnknownFormatError(name, {*ALIASES, *REGISTRY, *FLOATS, *(a + DYNAMIC for a in ALIASES), *extra})
+        raise UnknownFormatError(
+            name, {*ALIASES, *REGISTRY, *FLOATS, *(a + DYNAMIC for a in ALIASES), *extra}
+        )
     if base == name:
         return Scheme(spec)
     return Scheme(spec, "int8" if affine(spec).integer else "fp8")
 
 
 def scheme_from(pattern: str, value: object) -> Scheme | None:
-    """The scheme of a value in any of its spellings, for the rule ``pattern``. Raises :class:`PolicyError` for others."""
+    """The scheme of a value in any of its spellings, for the rule ``pattern``. Raises :class:`PolicyError`
+    for others."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -80,19 +84,24 @@ def scheme_from(pattern: str, value: object) -> Scheme | None:
         return value
     if isinstance(value, FormatSpec):
         return Scheme(value)
-    raise PolicyError(f"rule {pattern!r}: {value!r} ({type(value).__name__}) is no value; use a format's name, a Scheme, "
-                      "a FormatSpec, or 'float'")  # fmt: skip
+    raise PolicyError(
+        f"rule {pattern!r}: {value!r} ({type(value).__name__}) is no value; use a format's name, a Scheme, "
+        "a FormatSpec, or 'float'"
+    )
 
 
 def rules_from(value: object) -> list[Rule]:
-    """Ordered rules from a mapping or from pairs. Raises :class:`PolicyError` for anything else and for repeated patterns."""
+    """Ordered rules from a mapping or from pairs. Raises :class:`PolicyError` for anything else and for
+    repeated patterns."""
     if isinstance(value, Mapping):
         pairs: list[Any] = list(value.items())
     elif isinstance(value, Sequence):
         pairs = list(value)
     else:
-        raise PolicyError(f"{value!r} ({type(value).__name__}) is no policy; use a preset's or format's name, a Scheme, a "
-                          "mapping from patterns to values, or a sequence of such pairs")  # fmt: skip
+        raise PolicyError(
+            f"{value!r} ({type(value).__name__}) is no policy; use a preset's or format's name, a Scheme, a "
+            "mapping from patterns to values, or a sequence of such pairs"
+        )
     if not pairs:
         raise PolicyError("a policy without rules quantizes nothing; write 'float' if that is meant")
     rules: list[Rule] = []
@@ -100,6 +109,8 @@ def rules_from(value: object) -> list[Rule]:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], str) and pair[0]):
             raise PolicyError(f"{pair!r} is no rule; a rule is a pair of a pattern and a value")
         if any(rule.pattern == pair[0] for rule in rules):
-            raise PolicyError(f"pattern {pair[0]!r} comes twice; the second rule could never match, remove one")
+            raise PolicyError(
+                f"pattern {pair[0]!r} comes twice; the second rule could never match, remove one"
+            )
         rules.append(Rule(pair[0], scheme_from(pair[0], pair[1])))
     return rules

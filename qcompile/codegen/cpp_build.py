@@ -19,7 +19,7 @@ from ..errors import KernelBuildError
 
 FLAGS = (
     "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi",
+    "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-w",
 )  # fmt: skip
 
 ISA_FLAGS = {

@@ -46,7 +46,7 @@ class _Struct:
         exact = self.gen is not None and _exact_in_bf16(self.gen)
         body = [
             *self._constants(exact), *self._planes(), *self._words(), *self._codes(),
-            *self._scales(), self._gen(), *self._pair(exact), *self._quad(), self._value(),
+            *self._scales(), *self._gen(), *self._pair(exact), *self._quad(), self._value(),
         ]  # fmt: skip
         struct = "\n".join(f"  {line}" if line and not line.startswith("#") else line for part in body for line in part.split("\n"))
         tables = "\n".join(self.tables)
@@ -130,16 +130,19 @@ class _Struct:
         codes = self.spec.codes
         return codes[0] if len(codes) == 1 and codes[0].bits <= 4 else None
 
-    def _gen(self) -> str:
-        if (plane := self._small) is not None:
-            table = self._table("GEN", _cycle(self._gen_list(), 16))
-            return f"QC_INLINE vf gen(const Words& w, int i) {{ return lookup({table}, {plane.name}_lane(w, i)); }}"
+    def _gen(self) -> list[str]:
+        """gen of weight i: a register table, integer arithmetic, or the expression in floats."""
+        signature = "QC_INLINE vf gen(const Words& w, int i)"
         if self.form.integer:
             names = {p.name: f"{p.name}_code(w, i)" for p in self.spec.codes}
-            expr = LanePrinter(names, integer=True).lanes(self.form.gen)
-            return f"QC_INLINE vf gen(const Words& w, int i) {{ return to_float({expr}); }}"
-        expr = self._float_printer({}, raw=True).lanes(self.form.gen)
-        return f"QC_INLINE vf gen(const Words& w, int i) {{ return {expr}; }}"
+            computed = f"to_float({LanePrinter(names, integer=True).lanes(self.form.gen)})"
+        else:
+            computed = self._float_printer({}, raw=True).lanes(self.form.gen)
+        if (plane := self._small) is None:
+            return [f"{signature} {{ return {computed}; }}"]
+        table = self._table("GEN", _cycle(self._gen_list(), 16))
+        found = f"{signature} {{ return lookup({table}, {plane.name}_lane(w, i)); }}"
+        return ["#if QC_REGISTER_TABLES", found, "#else", f"{signature} {{ return {computed}; }}", "#endif"]
 
     def _pair(self, exact: bool) -> list[str]:
         """bf16 of weights i and i + 1 in one lane."""

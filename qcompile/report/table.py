@@ -15,18 +15,22 @@ if TYPE_CHECKING:
 
 COLUMNS = ("layer", "operator", "shape", "format", "kernel", "rule", "bytes", "SQNR", "left because")
 RIGHT = frozenset({"shape", "bytes", "SQNR"})
+WHOLE = frozenset({"layer", "operator", "shape", "format", "SQNR"})
+"""Columns that are folded last."""
 WIDE = 100_000
 """Columns of a console that truncates nothing."""
 
 
 class Report:
-    """What was done to a model. ``print(report)`` or :meth:`print` for people, :meth:`to_json` for programs."""
+    """What was done to a model. ``print(report)`` or :meth:`print` for people, :meth:`to_json` for
+    programs."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
     def print(self, console: Console | None = None) -> None:
-        """Writes the table: fitted to a terminal's width with long cells folded, or as plain text of full width elsewhere."""
+        """Writes the table: fitted to a terminal's width with long cells folded, or as plain text of full
+        width elsewhere."""
         from rich.console import Console
 
         console = console or Console()
@@ -53,7 +57,9 @@ class Report:
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name in COLUMNS:
-            table.add_column(name, justify="right" if name in RIGHT else "left", overflow="fold")
+            table.add_column(
+                name, justify="right" if name in RIGHT else "left", overflow="fold", no_wrap=name in WHOLE
+            )
         for record in self.plan:
             left = record.decision.scheme is None
             table.add_row(*map(escape, cells(record)), style="dim" if left else None)
@@ -63,8 +69,11 @@ class Report:
         """Totals in one sentence, and how many sites were left for which reason."""
         totals = self.plan.totals()
         saved = f" ({totals.bytes_after / totals.bytes_before:.1%})" if totals.bytes_before else ""
-        head = (f"{totals.quantized} of {totals.sites} sites quantized; {totals.share:.1%} of the linear layers' weights; "
-                f"{size(totals.bytes_before)} → {size(totals.bytes_after)}{saved}")  # fmt: skip
+        head = (
+            f"{totals.quantized} of {totals.sites} sites quantized; "
+            f"{totals.share:.1%} of the linear layers' weights; "
+            f"{size(totals.bytes_before)} → {size(totals.bytes_after)}{saved}"
+        )
         return "\n".join([head, *_reasons(self.plan)])
 
     def to_json(self) -> str:
@@ -80,8 +89,17 @@ def cells(record: Record) -> tuple[str, ...]:
     before, after = size(record.bytes_before), size(record.bytes_after)
     change = "" if site.weight is None else before if decision.scheme is None else f"{before} → {after}"
     kept = str(site.dtype).removeprefix("torch.")
-    return (site.name, site.operator, dims, decision.scheme.label if decision.scheme else kept, record.kernel or "",
-            decision.rule, change, decibels(record.sqnr), decision.reason or "")  # fmt: skip
+    return (
+        site.name,
+        site.operator,
+        dims,
+        decision.scheme.label if decision.scheme else kept,
+        record.kernel or "",
+        decision.rule,
+        change,
+        decibels(record.sqnr),
+        decision.reason or "",
+    )
 
 
 def _reasons(plan: Iterable[Record]) -> list[str]:
@@ -89,7 +107,10 @@ def _reasons(plan: Iterable[Record]) -> list[str]:
     for record in plan:
         if record.decision.scheme is None and record.decision.reason is not None:
             counts[record.decision.reason] = counts.get(record.decision.reason, 0) + 1
-    return [f"  left in floating point: {n} × {reason}" for reason, n in sorted(counts.items(), key=lambda c: -c[1])]
+    return [
+        f"  left in floating point: {n} × {reason}"
+        for reason, n in sorted(counts.items(), key=lambda c: -c[1])
+    ]
 
 
 def decibels(ratio: float | None) -> str:
@@ -104,6 +125,10 @@ def size(count: int) -> str:
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if round(value) < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.5 else f"{value:.{1 if value >= 9.95 else 2}f} {unit}"
+            return (
+                f"{value:.0f} {unit}"
+                if unit == "B" or value >= 99.5
+                else f"{value:.{1 if value >= 9.95 else 2}f} {unit}"
+            )
         value /= 1000
     return f"{value:.2f} TB"

@@ -1,6 +1,6 @@
 // The three ways to multiply: a 32-bit lane holds one float, two bf16 or four bytes, and so do 32 bits of x.
 //
-// A dot's static members: K, the weights of a row in one lane; X, the element type that x is brought to;
+// A dot's static members: K, the weights of a row in one lane; Lane, the type of a sum; X, the element type that x is brought to;
 // weight(words, k), the lanes of weights k … k + K - 1 without scales; scaled(…), the same with scale and offset in;
 // start(value), an accumulator (floats start at zero); dot(acc, w, x).
 namespace {
@@ -8,7 +8,7 @@ namespace {
 struct DotF32 {
   static constexpr int K = 1;
   static constexpr bool INTEGER = false;
-  using Acc = vf;
+  using Lane = float;
   using X = float;
   template <class F>
   QC_INLINE vi weight(const typename F::Words& w, int k) { return bits_as<int32_t>(F::gen(w, k)); }
@@ -25,7 +25,7 @@ struct DotF32 {
 struct DotBF16 {
   static constexpr int K = 2;
   static constexpr bool INTEGER = false;
-  using Acc = vf;
+  using Lane = float;
   using X = Bfloat;
   template <class F>
   QC_INLINE vi weight(const typename F::Words& w, int k) { return F::pair(w, k); }
@@ -45,7 +45,7 @@ struct DotBF16 {
 struct DotI8 {
   static constexpr int K = 4;
   static constexpr bool INTEGER = true;
-  using Acc = vi;
+  using Lane = int32_t;
   using X = int8_t;
   template <class F>
   QC_INLINE vi weight(const typename F::Words& w, int k) { return F::quad(w, k); }

@@ -1,4 +1,4 @@
-// The C interface: qc_linear and qc_decode call these with the planes that the generated prototype names.
+// The functions behind the C interface.
 namespace {
 
 enum Kernel { ROWS_F32, ROWS_BF16, ROWS_INT8, PANEL_F32, PANEL_BF16, PANEL_INT8 };
@@ -7,7 +7,7 @@ enum Kernel { ROWS_F32, ROWS_BF16, ROWS_INT8, PANEL_F32, PANEL_BF16, PANEL_INT8 
 // codes that are not are rounded only where many rows make arithmetic the bound.
 template <class F>
 constexpr Kernel kernel_of(int64_t m, int dtype) {
-  const bool few = m <= FEW;
+  const bool few = m <= most_rows<F>();
   if (F::ACTIVATIONS == INT8) return few ? ROWS_INT8 : PANEL_INT8;
   const bool narrow = QC_BF16 && (F::ACTIVATIONS == FP8 || dtype == BFLOAT16);
   if (few) return narrow && F::BF16_EXACT ? ROWS_BF16 : ROWS_F32;
@@ -19,52 +19,92 @@ struct Input {  // x as the caller has it
   int64_t k, stride;  // elements; elements from a row to the next
 };
 
-template <class F, class X>
-QC_INLINE float convert_any(const Input& in, int dtype, int64_t m, int64_t padded, X* out) {
-  if (dtype == FLOAT32) return convert_row<F>((const float*)in.x + m * in.stride, in.k, padded, out);
-  if (dtype == FLOAT16) return convert_row<F>((const Half*)in.x + m * in.stride, in.k, padded, out);
-  return convert_row<F>((const Bfloat*)in.x + m * in.stride, in.k, padded, out);
-}
+// One allocation cut into arrays, each on a cache line of its own. Without memory it only counts.
+struct Scratch {
+  char* memory;
+  int64_t bytes;
+  template <class T>
+  T* take(int64_t count) {
+    T* part = memory ? (T*)(memory + bytes) : nullptr;
+    bytes += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+    return part;
+  }
+};
 
-constexpr int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+// Everything that is made of x before the products.
+template <class F, class D>
+struct Prepared {
+  using X = typename D::X;
+  static constexpr int64_t WORD = 4 / sizeof(X);  // elements in 32 bits
+  bool few, direct, sums;
+  int width;         // rows interleaved for the kernel of few rows; 1: rows follow each other
+  X* x;              // rows of x as D wants them; the caller's own if `direct`
+  int32_t* packed;   // [k / WORD][width]
+  float *scales, *float_sums, *own;
+  int32_t* int_sums;
+
+  Prepared(const Job& job, const Input& in) {
+    few = job.m <= most_rows<F>();
+    width = few ? width_of(job.m) : 1;
+    sums = needs_sums<D, F>(!few && scaled<F, D>());
+    direct = F::ACTIVATIONS == AS_GIVEN && in.k == job.k && (size_t)in.x % 4 == 0 && in.stride % WORD == 0 &&
+             (WORD == 1 ? job.dtype == FLOAT32 : job.dtype == BFLOAT16);
+  }
+
+  void take(Scratch& scratch, const Job& job, const Input& in) {
+    x = direct ? (X*)in.x : scratch.take<X>(job.m * job.k);
+    packed = scratch.take<int32_t>(width > 1 ? width * job.k / WORD : 0);
+    scales = scratch.take<float>(F::ACTIVATIONS == AS_GIVEN ? 0 : job.m);
+    float_sums = scratch.take<float>(sums ? job.m * job.spans : 0);
+    int_sums = scratch.take<int32_t>(sums ? job.m * job.spans : 0);
+    own = scratch.take<float>(few ? 0 : job.threads * panel_scratch<F, D>());
+  }
+
+  // Row m of x; rows that only fill up the width are zero.
+  void row(const Job& job, const Input& in, int64_t m) {
+    X* out = x + m * (direct ? in.stride : job.k);
+    if (m < job.m && !direct) {
+      const float scale = convert_any(in, job, m, out);
+      if (F::ACTIVATIONS != AS_GIVEN) scales[m] = scale;
+    }
+    if (m < job.m && sums) sum_spans(out, span_of<F>(job.k), job.spans, float_sums + m * job.spans, int_sums + m * job.spans);
+    if (width > 1)
+      for (int64_t i = 0; i < job.k / WORD; ++i) packed[i * width + m] = m < job.m ? ((const int32_t*)out)[i] : 0;
+  }
+
+  static float convert_any(const Input& in, const Job& job, int64_t m, X* out) {
+    const int64_t at = m * in.stride;
+    if (job.dtype == FLOAT32) return convert_row<F>((const float*)in.x + at, in.k, job.k, out);
+    if (job.dtype == FLOAT16) return convert_row<F>((const Half*)in.x + at, in.k, job.k, out);
+    return convert_row<F>((const Bfloat*)in.x + at, in.k, job.k, out);
+  }
+};
 
 // Returns 0, or 1 when memory ran out.
 template <class F, class D>
 static int run(Job job, const Input& in, const typename F::Planes& planes) {
-  using X = typename D::X;
-  const bool few = job.m <= FEW, sums = needs_sums<D, F>(!few && scaled<F, D>());
-  const bool direct = F::ACTIVATIONS == AS_GIVEN && in.k == job.k && (size_t)in.x % 4 == 0 &&
-                      (sizeof(X) == 4 ? job.dtype == FLOAT32 : job.dtype == BFLOAT16 && in.stride % 2 == 0);
   job.spans = F::SPAN ? job.k / F::SPAN : 1;
-  const int64_t x_bytes = direct ? 0 : round_up(job.m * job.k * (int64_t)sizeof(X));
-  const int64_t sum_bytes = sums ? round_up(job.m * job.spans * 4) : 0, scale_bytes = round_up(job.m * 4);
-  const int64_t own_bytes = few ? 0 : round_up(panel_scratch<F, D>() * 4);
-  char* memory = (char*)aligned_alloc(64, (size_t)(x_bytes + 2 * sum_bytes + scale_bytes + job.threads * own_bytes));
-  if (!memory) return 1;
-  X* x = direct ? (X*)in.x : (X*)memory;
-  float* float_sums = (float*)(memory + x_bytes);
-  int32_t* int_sums = (int32_t*)(memory + x_bytes + sum_bytes);
-  float* scales = (float*)(memory + x_bytes + 2 * sum_bytes);
-  float* own = (float*)(memory + x_bytes + 2 * sum_bytes + scale_bytes);
-  job.x = (const int32_t*)x;
-  job.x_stride = (direct ? in.stride : job.k) * (int64_t)sizeof(X) / 4;
-  job.x_scale = F::ACTIVATIONS == AS_GIVEN ? nullptr : scales;
-  job.sums = float_sums;
-  job.int_sums = int_sums;
+  Prepared<F, D> p(job, in);
+  Scratch scratch = {nullptr, 0};
+  p.take(scratch, job, in);
+  scratch = {(char*)aligned_alloc(64, (size_t)scratch.bytes + 64), 0};
+  if (!scratch.memory) return 1;
+  p.take(scratch, job, in);
+  job.x = p.width > 1 ? p.packed : (const int32_t*)p.x;
+  job.x_stride = (p.direct ? in.stride : job.k) / p.WORD;
+  job.x_scale = F::ACTIVATIONS == AS_GIVEN ? nullptr : p.scales;
+  job.sums = p.float_sums;
+  job.int_sums = p.int_sums;
 #pragma omp parallel num_threads(job.threads)
   {
-    if (!direct || sums) {
+    if (!p.direct || p.sums || p.width > 1) {
 #pragma omp for
-      for (int64_t m = 0; m < job.m; ++m) {
-        X* out = direct ? x + m * in.stride : x + m * job.k;
-        if (!direct) scales[m] = convert_any<F>(in, job.dtype, m, job.k, out);
-        if (sums) sum_spans(out, span_of<F>(job.k), job.spans, float_sums + m * job.spans, int_sums + m * job.spans);
-      }
+      for (int64_t m = 0; m < (p.few ? p.width : job.m); ++m) p.row(job, in, m);
     }
-    if (few) few_rows<F, D>(job, planes);
-    else many_rows<F, D>(job, planes, own + omp_get_thread_num() * own_bytes / 4);
+    if (p.few) few_rows<F, D>(job, planes);
+    else many_rows<F, D>(job, planes, p.own + omp_get_thread_num() * panel_scratch<F, D>());
   }
-  free(memory);
+  free(scratch.memory);
   return 0;
 }
 

@@ -47,7 +47,7 @@ QC_INLINE void store_some(S* to, vf value, int64_t count) {
 }
 
 // y[m, 16 t …] = total * x_scale[m] + bias, rounded once.
-QC_INLINE void finish(const Job& job, int64_t m, int64_t t, vf total) {
+static __attribute__((noinline)) void finish(const Job& job, int64_t m, int64_t t, vf total) {
   const int64_t n = t * LANES, count = job.n - n;
   if (count <= 0) return;
   if (job.x_scale) total = total * splat(job.x_scale[m]);
@@ -101,7 +101,7 @@ QC_INLINE void put(int8_t* to, vf v) {  // |v| <= 127; 1.5 * 2^23 has ulp 1 and 
 // One row of x as the dot wants it: [k] elements of type S become [padded] of type X. Returns the row's scale:
 // max|x| / 127 or / 448; 1 for a row of zeros; NaN, which spreads to the whole row of y, if x is not finite.
 template <class F, class X, class S>
-QC_INLINE float convert_row(const S* x, int64_t k, int64_t padded, X* out) {
+static __attribute__((noinline)) float convert_row(const S* x, int64_t k, int64_t padded, X* out) {
   float scale = 1.0f;
   if (F::ACTIVATIONS != AS_GIVEN) {
     const float top = largest(x, k);

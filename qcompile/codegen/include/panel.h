@@ -3,8 +3,10 @@
 namespace {
 
 constexpr int NT = QC_BYTES == 64 ? 4 : 1;
+constexpr int MOST = QC_BYTES >= 32 ? 6 : 4;  // rows of a register tile, which fills the registers
 constexpr int PANEL = NT * LANES;   // outputs of a panel
-constexpr int64_t STEPS = 256;      // 32-bit lanes along k of a panel: 64 KB of scratch
+constexpr int64_t STEPS = 128;      // 32-bit lanes along k of a panel: 32 KB of scratch on AVX-512
+constexpr int64_t EXACT_SPAN = 128; // spans from which scaling sums in float32 costs less than two percent
 constexpr int64_t ROWS = 256;       // rows of x that a decoded panel serves
 
 constexpr int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
@@ -18,7 +20,8 @@ constexpr int64_t depth() {
 
 // Scales are multiplied into the panel when it holds floats or rounds anyway; else once per span, in float32.
 template <class F, class D>
-constexpr bool scaled() { return F::SPAN && !D::INTEGER && (D::K == 1 || !F::BF16_EXACT); }
+constexpr bool scaled() { return F::SPAN && !D::INTEGER && (D::K == 1 || !F::BF16_EXACT || F::SPAN < EXACT_SPAN); }
+
 template <class F, class D>
 constexpr bool by_span() { return F::SPAN && !scaled<F, D>(); }
 
@@ -53,10 +56,11 @@ QC_INLINE void decode_tile(const typename F::Planes& a, int64_t from, int64_t to
 }
 
 // c[m][n] (float, or int32 for whole-row integer sums) += panel × MR rows of x.
+// Not inlined: constants of the decoding code must not take registers from the accumulators.
 template <class F, class D, int MR>
-static void micro(const Job& job, const Panel& panel, int64_t from, int64_t to, int64_t first, float* c) {
+static __attribute__((noinline)) void micro(const Job& job, const Panel& panel, int64_t from, int64_t to, int64_t first, float* c) {
   constexpr bool SPANS = by_span<F, D>();
-  using Acc = typename D::Acc;
+  using Acc = Vec<typename D::Lane>;
   const int64_t span = SPANS ? F::SPAN : to - from;
   const int32_t* x = job.x + first * job.x_stride + from / D::K;
   const int32_t* w = panel.lanes;
@@ -65,10 +69,11 @@ static void micro(const Job& job, const Panel& panel, int64_t from, int64_t to, 
     const int64_t at = first * job.spans + k / (F::SPAN ? F::SPAN : job.k);
     QC_UNROLL for (int m = 0; m < MR; ++m) QC_UNROLL for (int t = 0; t < NT; ++t) {
       if (SPANS) acc[m][t] = D::start(D::INTEGER && F::GEN_MIN ? F::GEN_MIN * job.int_sums[at + m * job.spans] : 0);
-      else if (from) memcpy(&acc[m][t], c + m * PANEL + t * LANES, 64);
+      else if (from) acc[m][t] = load((const typename D::Lane*)c + m * PANEL + t * LANES);
       else acc[m][t] = D::start(0);
     }
     for (int64_t step = span / D::K; step > 0; --step, w += PANEL, ++x) {
+      if ((step & 15) == 0) QC_UNROLL for (int m = 0; m < MR; ++m) __builtin_prefetch(x + (m + MR) * job.x_stride);
       vi lanes[NT];
       QC_UNROLL for (int t = 0; t < NT; ++t) lanes[t] = load(w + t * LANES);
       QC_UNROLL for (int m = 0; m < MR; ++m) {
@@ -76,30 +81,62 @@ static void micro(const Job& job, const Panel& panel, int64_t from, int64_t to, 
         QC_UNROLL for (int t = 0; t < NT; ++t) acc[m][t] = D::dot(acc[m][t], lanes[t], xm);
       }
     }
-    QC_UNROLL for (int m = 0; m < MR; ++m) QC_UNROLL for (int t = 0; t < NT; ++t) {
-      float* to_c = c + m * PANEL + t * LANES;
-      if (!SPANS) {
-        memcpy(to_c, &acc[m][t], 64);
-        continue;
+    QC_UNROLL for (int t = 0; t < NT; ++t) {
+      vf coeff, offset;
+      if (SPANS) coeff = load(panel.coeff + s * PANEL + t * LANES);
+      if (SPANS && F::OFFSET) offset = load(panel.offset + s * PANEL + t * LANES);
+      QC_UNROLL for (int m = 0; m < MR; ++m) {
+        float* to_c = c + m * PANEL + t * LANES;
+        if (!SPANS) {
+          store((typename D::Lane*)to_c, acc[m][t]);
+          continue;
+        }
+        vf total = fma(coeff, as_float(acc[m][t]), k ? load(to_c) : splat(0.0f));
+        if (F::OFFSET) total = fma(offset, splat(job.sums[at + m * job.spans]), total);
+        store(to_c, total);
       }
-      vf total = k ? load(to_c) : splat(0.0f);
-      total = fma(load(panel.coeff + s * PANEL + t * LANES), as_float(acc[m][t]), total);
-      if (F::OFFSET) total = fma(load(panel.offset + s * PANEL + t * LANES), splat(job.sums[at + m * job.spans]), total);
-      store(to_c, total);
     }
   }
 }
 
-// Rows first … first + count of one panel: register tiles of four to six rows (fewer only if there are fewer).
+// Codes of the panel that is decoded next, fetched into the second-level cache while this one is multiplied.
+template <class F>
+struct Ahead {
+  const typename F::Planes* a;
+  int64_t from, to, at;
+  QC_INLINE void fetch(Ahead& self, int64_t blocks) {
+    for (; blocks > 0 && self.at < (self.to - self.from) / F::BLOCK * NT; --blocks, ++self.at)
+      F::template prefetch<0>(self.a[self.at % NT], self.from + self.at / NT * F::BLOCK);
+  }
+};
+
+// The smallest register tile that an even split of more than most_rows() rows can ask for.
+template <class F>
+constexpr int64_t least() {
+  int64_t least = MOST;
+  for (int64_t count = most_rows<F>() + 1; count <= most_rows<F>() + 2 * MOST; ++count) {
+    const int64_t tile = count / ((count + MOST - 1) / MOST);
+    if (tile < least) least = tile;
+  }
+  return least;
+}
+
+template <class F, class D, int MR = MOST>
+QC_INLINE void micro_of(int64_t rows, const Job& job, const Panel& panel, int64_t from, int64_t to, int64_t first, float* c) {
+  if (rows == MR) return micro<F, D, MR>(job, panel, from, to, first, c);
+  if constexpr (MR > least<F>()) micro_of<F, D, MR - 1>(rows, job, panel, from, to, first, c);
+}
+
+// Rows first … first + count of one panel, in register tiles as equal as can be.
 template <class F, class D>
-QC_INLINE void multiply(const Job& job, const Panel& panel, int64_t from, int64_t to, int64_t first, int64_t count, float* c) {
-  for (int64_t left = (count + 5) / 6; left > 0; --left) {
+QC_INLINE void multiply(const Job& job, const Panel& panel, int64_t from, int64_t to, int64_t first, int64_t count, float* c,
+                        Ahead<F> ahead) {
+  int64_t left = (count + MOST - 1) / MOST;
+  const int64_t share = ((ahead.to - ahead.from) / F::BLOCK * NT + left - 1) / left;
+  for (; left > 0; --left) {
     const int64_t rows = (count + left - 1) / left;
-    switch (rows) {
-      case 6: micro<F, D, 6>(job, panel, from, to, first, c); break;
-      case 5: micro<F, D, 5>(job, panel, from, to, first, c); break;
-      default: micro<F, D, 4>(job, panel, from, to, first, c); break;
-    }
+    Ahead<F>::fetch(ahead, share);
+    micro_of<F, D>(rows, job, panel, from, to, first, c);
     first += rows, count -= rows, c += rows * PANEL;
   }
 }
@@ -111,8 +148,7 @@ QC_INLINE void finish_panel(const Job& job, const typename F::Planes* a, int64_t
     const bool row = F::SPAN == 0;
     const vf coeff = row ? F::coeff(a[t], 0) : splat(1.0f);
     for (int64_t m = 0; m < count; ++m) {
-      typename D::Acc sum;
-      memcpy(&sum, c + m * PANEL + t * LANES, 64);
+      auto sum = load((const typename D::Lane*)c + m * PANEL + t * LANES);
       vf total;
       if (!row) total = bits_as<float>(sum);
       else {
@@ -146,12 +182,18 @@ static void many_rows(const Job& job, const typename F::Planes& planes, float* s
   for (int64_t task = 0; task < panels * blocks; ++task) {
     const int64_t tile = task / blocks * NT, block = task % blocks;
     const int64_t first = job.m * block / blocks, count = job.m * (block + 1) / blocks - first;
-    typename F::Planes a[NT];
-    for (int t = 0; t < NT; ++t) a[t] = F::tile(planes, tile + t < tiles ? tile + t : tiles - 1, job.k);
+    typename F::Planes a[NT], later[NT];
+    for (int t = 0; t < NT; ++t) {
+      const int64_t next = tile + NT * job.threads + t;
+      a[t] = F::tile(planes, tile + t < tiles ? tile + t : tiles - 1, job.k);
+      later[t] = F::tile(planes, next < tiles ? next : tiles - 1, job.k);
+    }
     for (int64_t k = 0; k < job.k; k += depth<F, D>()) {
       const int64_t end = k + depth<F, D>() < job.k ? k + depth<F, D>() : job.k;
       for (int t = 0; t < NT; ++t) decode_tile<F, D>(a[t], k, end, t, panel);
-      multiply<F, D>(job, panel, k, end, first, count, c);
+      const bool more = end < job.k;
+      const int64_t start = more ? end : 0, stop = start + depth<F, D>() < job.k ? start + depth<F, D>() : job.k;
+      multiply<F, D>(job, panel, k, end, first, count, c, {more ? a : later, start, stop, 0});
     }
     finish_panel<F, D>(job, a, tile, first, count, c);
   }

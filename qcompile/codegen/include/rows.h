@@ -7,21 +7,21 @@ namespace {
 
 // Independent sums for a row of x, so that the latency of an addition is hidden.
 constexpr int chains(int rows, int steps) {
-  const int wanted = rows == 1 ? 8 : rows <= 4 ? 4 : 2;
+  const int wanted = rows == 1 ? 8 : rows <= 4 ? 4 : rows <= 8 ? 2 : 1;
   return QC_BYTES < 64 ? 1 + (rows == 1) : wanted < steps ? wanted : steps;
 }
 
 template <class F, class D, int MR, int CH>
-QC_INLINE void add_span(const typename F::Planes& a, const int32_t* const (&x)[MR], int64_t from, int64_t to,
-                        typename D::Acc (&acc)[MR][CH]) {
-  for (int64_t k = from; k < to; k += F::BLOCK) {
+QC_INLINE void add_span(const typename F::Planes& a, const int32_t* x, int64_t from, int64_t to,
+                        Vec<typename D::Lane> (&acc)[MR][CH]) {
+  for (int64_t k = from; k < to; k += F::BLOCK, x += F::BLOCK / D::K * MR) {
     const typename F::Words w = F::words(a, k);
     F::template prefetch<QC_AHEAD>(a, k);
     QC_UNROLL for (int i = 0; i < F::BLOCK; i += D::K) {
       const vi lanes = D::template weight<F>(w, i);
       QC_UNROLL for (int m = 0; m < MR; ++m) {
         auto& sum = acc[m][i / D::K % CH];
-        sum = D::dot(sum, lanes, splat(x[m][(k + i) / D::K]));
+        sum = D::dot(sum, lanes, splat(x[i / D::K * MR + m]));
       }
     }
   }
@@ -32,19 +32,18 @@ QC_INLINE vf as_float(vi a) { return to_float(a); }
 
 // Sixteen outputs of MR rows: Σ over spans of coeff * Σ x*gen + offset * Σ x.
 template <class F, class D, int MR>
-QC_INLINE void row_tile(const Job& job, const typename F::Planes& a, int64_t t, int64_t first) {
+QC_INLINE void row_tile(const Job& job, const typename F::Planes& a, int64_t t) {
   constexpr int CH = chains(MR, F::BLOCK / D::K);
-  const int32_t* x[MR];
+  const int32_t* x = job.x;
   int64_t row[MR];
   vf total[MR];
   QC_UNROLL for (int m = 0; m < MR; ++m) {
-    row[m] = first + m < job.m ? first + m : job.m - 1;
-    x[m] = job.x + row[m] * job.x_stride;
+    row[m] = m < job.m ? m : job.m - 1;
     total[m] = splat(0.0f);
   }
   const int64_t span = span_of<F>(job.k);
-  for (int64_t s = 0, k = 0; k < job.k; ++s, k += span) {
-    typename D::Acc acc[MR][CH];
+  for (int64_t s = 0, k = 0; k < job.k; ++s, k += span, x += span / D::K * MR) {
+    Vec<typename D::Lane> acc[MR][CH];
     QC_UNROLL for (int m = 0; m < MR; ++m) {
       acc[m][0] = D::start(D::INTEGER && F::GEN_MIN ? F::GEN_MIN * job.int_sums[row[m] * job.spans + s] : 0);
       QC_UNROLL for (int c = 1; c < CH; ++c) acc[m][c] = D::start(0);
@@ -58,7 +57,7 @@ QC_INLINE void row_tile(const Job& job, const typename F::Planes& a, int64_t t, 
     }
   }
   QC_UNROLL for (int m = 0; m < MR; ++m)
-    if (first + m < job.m) finish(job, first + m, t, total[m]);
+    if (m < job.m) finish(job, m, t, total[m]);
 }
 
 // Called by every thread of a parallel region.
@@ -67,21 +66,26 @@ static void rows(const Job& job, const typename F::Planes& planes) {
   const int64_t tiles = (job.n + LANES - 1) / LANES;
   const int64_t chunk = tiles / (8 * job.threads) + 1;
 #pragma omp for schedule(dynamic, chunk)
-  for (int64_t t = 0; t < tiles; ++t) row_tile<F, D, MR>(job, F::tile(planes, t, job.k), t, 0);
+  for (int64_t t = 0; t < tiles; ++t) row_tile<F, D, MR>(job, F::tile(planes, t, job.k), t);
 }
 
-constexpr int64_t FEW = 8;
+// Most rows of x that this kernel serves: what the register file holds, running totals included where scales change.
+template <class F>
+constexpr int64_t most_rows() { return QC_BYTES == 64 ? 16 : QC_BYTES == 32 ? (F::SPAN ? 3 : 4) : 2; }
 
-template <class F, class D>
+constexpr int next_width(int width) { return width + (width < 4 ? 1 : width < 8 ? 2 : 4); }
+
+// Rows of the kernel that serves m rows: x is interleaved for that many.
+constexpr int width_of(int64_t m) {
+  int width = 1;
+  while (width < m) width = next_width(width);
+  return width;
+}
+
+template <class F, class D, int MR = 1>
 static void few_rows(const Job& job, const typename F::Planes& planes) {
-  switch (job.m) {
-    case 1: return rows<F, D, 1>(job, planes);
-    case 2: return rows<F, D, 2>(job, planes);
-    case 3: return rows<F, D, 3>(job, planes);
-    case 4: return rows<F, D, 4>(job, planes);
-    case 5: case 6: return rows<F, D, 6>(job, planes);
-    default: return rows<F, D, 8>(job, planes);
-  }
+  if (width_of(job.m) == MR) return rows<F, D, MR>(job, planes);
+  if constexpr (MR < most_rows<F>()) few_rows<F, D, next_width(MR)>(job, planes);
 }
 
 }  // namespace

@@ -20,6 +20,8 @@
 #define QC_BYTES 16
 #endif
 
+#define QC_REGISTER_TABLES (QC_BYTES > 16)  // whether lookup() is one or two instructions
+
 #if defined(QC_AVX512) && defined(__AVX512BF16__)
 #define QC_BF16 1  // vdpbf16ps: two bf16 products a lane
 #else
@@ -100,14 +102,17 @@ QC_INLINE vi shift_right(vi a, int n) {  // logical
   return a;
 }
 
+// Part by part: a copy of all 64 bytes at once would keep the parts in memory.
 template <class T>
 QC_INLINE Vec<T> load(const T* from) {
   Vec<T> r;
-  memcpy(r.p, from, 64);
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) memcpy(&r.p[i], (const char*)from + i * QC_BYTES, QC_BYTES);
   return r;
 }
 template <class T>
-QC_INLINE void store(T* to, Vec<T> a) { memcpy(to, a.p, 64); }
+QC_INLINE void store(T* to, Vec<T> a) {
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) memcpy((char*)to + i * QC_BYTES, &a.p[i], QC_BYTES);
+}
 
 QC_INLINE vf operator+(vf a, float s) { return a + splat(s); }
 QC_INLINE vf operator-(vf a, float s) { return a - splat(s); }
@@ -163,8 +168,14 @@ QC_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+#if QC_BYTES == 16
+#define QC_TABLE static __attribute__((noinline))  // sixteen scalar loads: a call costs little, copies much compile time
+#else
+#define QC_TABLE QC_INLINE
+#endif
+
 // table[low four bits of each lane]
-QC_INLINE vf lookup(const float* table, vi index) {
+QC_TABLE vf lookup(const float* table, vi index) {
 #if defined(QC_AVX512)
   return {{(vf::Part)_mm512_permutexvar_ps((__m512i)index.p[0], _mm512_loadu_ps(table))}};
 #elif defined(QC_AVX2)
@@ -185,7 +196,7 @@ QC_INLINE vf lookup(const float* table, vi index) {
 }
 
 // table[lane] for tables of any length: reads memory, the last resort
-QC_INLINE vf gather(const float* table, vi index) {
+static __attribute__((noinline)) vf gather(const float* table, vi index) {
   vf r;
   for (int i = 0; i < PARTS; ++i)
     for (int l = 0; l < QC_BYTES / 4; ++l) r.p[i][l] = table[index.p[i][l]];
@@ -202,7 +213,7 @@ QC_INLINE vi lookup_pair(const uint16_t* table, vi word, int j) {
 #endif
 
 // Bytes of each lane → table bytes; every byte of index is below 16.
-QC_INLINE vi lookup_bytes(const uint8_t* table, vi index) {
+QC_TABLE vi lookup_bytes(const uint8_t* table, vi index) {
 #if defined(QC_AVX512)
   const __m512i wide = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
   return {{(vi::Part)_mm512_shuffle_epi8(wide, (__m512i)index.p[0])}};
@@ -310,7 +321,14 @@ QC_INLINE vi round_to_bf16(vf a) {  // bits in the high half of each lane, to ne
 QC_INLINE vi pair_exact(vf even, vf odd) {
   return shift_right(bits_as<int32_t>(even), 16) | (bits_as<int32_t>(odd) & (int32_t)0xffff0000);
 }
-QC_INLINE vi pair_rounded(vf even, vf odd) { return shift_right(round_to_bf16(even), 16) | round_to_bf16(odd); }
+#if QC_BF16
+QC_INLINE vi pair_rounded(vf even, vf odd) {
+  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd.p[0], (__m512)even.p[0]);
+  return {{(vi::Part)_mm512_permutexvar_epi16(_mm512_load_si512(order), both)}};
+}
+#endif
 
 QC_INLINE void store_float(float* to, vf a) { store(to, a); }
 

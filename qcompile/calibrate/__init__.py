@@ -1,0 +1,1 @@
+"""Choosing codes and scales with the help of activations."""

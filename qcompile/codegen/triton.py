@@ -1,0 +1,145 @@
+"""Triton kernels of a scheme: assembled from its format's declaration, loaded when first used, launched on CUDA."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..errors import KernelBuildError
+from ..formats.scheme import Scheme
+from ..target import Target, of
+from . import tiles
+from .triton_act import quantize
+from .triton_dot import dot, dot8
+from .triton_gemv import decode, gemv, reduce
+from .triton_launch import Call, decode_weight
+from .triton_load import content_hash, interpreting, load
+from .triton_print import Printer
+from .triton_text import module
+
+TYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a linear layer: the tile, the type weights are decoded to, the operands' type, terms of x."""
+
+    tile: tiles.Tile
+    decoded: str
+    operand: str
+    terms: int = 1
+
+
+@functools.lru_cache(maxsize=None)
+def triton_kernels(scheme: Scheme) -> TritonKernels:
+    """The kernels of ``scheme``. Raises :class:`~qcompile.errors.FormatError` for a format that cannot be printed."""
+    return TritonKernels(scheme)
+
+
+class TritonKernels:
+    """``linear`` and ``decode`` for one scheme on CUDA (or under Triton's interpreter on the CPU).
+
+    Results do not depend on scheduling: a product that is split along K is summed in a fixed order.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self.printer = Printer(scheme.format)
+        self.printer.check()
+        self.tag = content_hash(scheme.key)[:8]
+        self.source = self._print()
+
+    def _print(self) -> str:
+        printer, tag = self.printer, self.tag
+        kernels = [decode(printer, f"decode_{tag}"), reduce(f"reduce_{tag}")]
+        if self.scheme.activations is None:
+            kernels += [gemv(printer, f"gemv_{tag}"), dot(printer, f"dot_{tag}")]
+        else:
+            kernels += [quantize(printer, f"quantize_{tag}", self.scheme.activations), dot8(printer, f"dot8_{tag}")]
+            if self.scheme.activations == "fp8":
+                kernels.append(dot(printer, f"dot_{tag}"))
+        return module(self.scheme.label, kernels)
+
+    @functools.cached_property
+    def module(self) -> ModuleType:
+        return load(self.source)
+
+    def kernel(self, name: str) -> Any:
+        """The jitted function gemv, dot, dot8, quantize, decode or reduce of this scheme."""
+        return getattr(self.module, f"{name}_{self.tag}")
+
+    def type(self, name: str) -> Any:
+        """``tl.{name}``."""
+        return getattr(self.module.tl, name)
+
+    def variant(self, rows: int, dtype: torch.dtype, target: Target, kp: int = 4096) -> Variant:
+        """How ``rows`` rows of ``dtype`` are multiplied on ``target``; ``kp`` is the padded K of the weight.
+
+        Raises :class:`~qcompile.errors.KernelBuildError` for a dtype without kernels.
+        """
+        if dtype not in TYPES:
+            raise KernelBuildError(f"no Triton kernel for activations of {dtype}; use float16, bfloat16 or float32")
+        if self.scheme.activations == "int8" or (self.scheme.activations == "fp8" and target.computes_fp8):
+            return Variant(tiles.product_tile("dot8", rows), "int8", "int8")
+        if self.scheme.activations == "fp8":
+            return Variant(tiles.product_tile("dot", rows), "float16", "float16")
+        group, period = self.printer.group, self.scheme.format.period
+        arch, exact, wide = int(target.arch), self.printer.exact16, dtype == torch.float32
+        bits = sum(p.bits for p in self.scheme.format.codes)
+        if rows == 1 and (wide or bits >= tiles.at_arch(tiles.GEMV_BITS, arch)):
+            return Variant(tiles.gemv_tile(group, period, kp), self.printer.wide, "float32")
+        if rows >= tiles.at_arch(tiles.DECODE_FROM, arch) or (wide and not exact):
+            return Variant(tiles.decode_tile(group, period), self.printer.wide, TYPES[dtype])
+        if wide:
+            # bfloat16 holds every gen exactly and has float32's range: x is the sum of two such terms, to 2^-17.
+            return Variant(tiles.product_tile("dot", rows), "bfloat16", "bfloat16", terms=2)
+        return Variant(tiles.product_tile("dot", rows), TYPES[dtype] if exact else "float32", TYPES[dtype])
+
+    def linear(
+        self, x: torch.Tensor, planes: list[torch.Tensor], bias: torch.Tensor | None, n: int, variant: Variant | None = None
+    ) -> torch.Tensor:
+        """``x[..., K]`` times the N×K weight, plus ``bias[N]``: ``[..., N]`` in ``x``'s dtype, sums in float32.
+
+        ``variant`` overrides the table's choice. Planes must belong to an N×K weight of the scheme's format.
+        Raises :class:`~qcompile.errors.KernelBuildError` for a device or dtype without kernels.
+        """
+        k = x.shape[-1]
+        flat = x.reshape(-1, k)
+        if flat.stride(-1) != 1:
+            flat = flat.contiguous()
+        out = torch.empty(flat.shape[0], n, dtype=x.dtype, device=x.device)
+        kp = self.scheme.format.padded(n, k)[1]
+        target = self._target(x)
+        chosen = variant or self.variant(max(flat.shape[0], 1), x.dtype, target, kp)
+        if interpreting() and variant is None:
+            chosen = interpreted(chosen)
+        if out.numel():
+            Call(self, chosen, int(target.arch), n, k, kp).linear(flat, planes, bias, out)
+        return out.reshape(*x.shape[:-1], n)
+
+    def decode(self, planes: list[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+        """The ``[N, K]`` weight of ``planes`` in ``dtype``, computed in float32 and rounded once."""
+        out = torch.empty(n, k, dtype=dtype, device=planes[0].device)
+        self._target(out)
+        if out.numel():
+            decode_weight(self, planes, out, tiles.decode_tile(self.printer.group, self.scheme.format.period))
+        return out
+
+    def _target(self, x: torch.Tensor) -> Target:
+        if x.is_cuda:
+            return of(x.device)
+        if interpreting():
+            return Target("cuda", "90")
+        raise KernelBuildError(f"Triton kernels run on CUDA tensors, found one on {x.device}; move it, or use the CPU kernels")
+
+
+def interpreted(variant: Variant) -> Variant:
+    """``variant`` with operand types that Triton's interpreter computes correctly: it has no bfloat16 arithmetic."""
+    if variant.tile.kernel != "dot":
+        return variant
+    decoded = "float16" if variant.decoded == "bfloat16" else variant.decoded
+    return replace(variant, decoded=decoded, operand="float32", terms=1)

@@ -1,0 +1,214 @@
+"""Skeletons with a matrix product, for 2 rows and more: yᵀ = W·xᵀ.
+
+W is the left operand, because the left operand may come from registers on sm_80…sm_90 (mma, wgmma) and from tensor
+memory on sm_100: decoded weights never pass through shared memory, and one row of x costs 8 columns, not 16 rows.
+The order of K inside a step is free as long as x is loaded in the same order. It is chosen so that the bytes of a word
+are elements that one thread of the operand layout holds: (slot, j1, group, j0) for 16-bit operands, whose threads own
+pairs of neighbours, and (slot, group, j) for 8-bit operands, whose threads own four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import sympy
+
+from ..formats.spec import ROW
+from . import triton_text as text
+from .triton_act import bytes8
+from .triton_print import Printer, joined, linear_gen
+
+STEP = 128
+"""Weights of a row that one step of the loop covers, in as many products as it has periods."""
+
+
+def blocks(printer: Printer) -> tuple[int, int]:
+    """(products in one step, weights of a row in one product)."""
+    period = printer.spec.period
+    if period == ROW:
+        return 1, STEP
+    size = next(b for b in (128, 64, 32, 16) if period % b == 0)
+    return STEP // size, size
+
+
+def dot(printer: Printer, name: str) -> str:
+    """out[M, N] = x·Wᵀ (+ bias), 16-bit operands, float32 sums; float32 x goes in as two 16-bit terms (PARTS = 2)."""
+    return _kernel(printer, name, narrow=False)
+
+
+def dot8(printer: Printer, name: str) -> str:
+    """out[M, N] = x_scale·(x·Wᵀ) (+ bias) for x quantized per token: int8·int8 → int32, or e4m3 times an fp8 weight."""
+    return _kernel(printer, name, narrow=True)
+
+
+def _kernel(printer: Printer, name: str, narrow: bool) -> str:
+    arguments = (f"x_ptr, x_scale_ptr, x_sum_ptr, {text.plane_arguments(printer)}, bias_ptr, out_ptr, "
+                 "M, N, K, KP, x_stride, tiles, steps, "
+                 + text.constexprs("BT", "BM", "STAGES", "EVEN", "PARTIAL", "HAS_BIAS", "HAS_SCALE", "DEC", "DOT", "PARTS", "SUM_LOAD"))  # fmt: skip
+    body = [
+        *_where(printer), *([] if narrow else printer.units()), *text.begin_end(), *text.word_pointers(printer),
+        *_x_pointers(printer, narrow), *_scale_pointers(printer), *_accumulators(printer, narrow),
+        *([f"periods = KP // {printer.spec.period}"] if narrow and printer.spec.period else []),
+        *_scale_loads(printer, "begin"),
+        "for step in tl.range(begin, end, num_stages=STAGES):",
+        *text.indented(_step(printer, narrow), 1),
+        *_end(printer, narrow),
+    ]  # fmt: skip
+    return text.kernel(name, arguments, body)
+
+
+def _where(printer: Printer) -> Iterator[str]:
+    count, size = blocks(printer)
+    yield f"BK: tl.constexpr = {count * size}"
+    yield f"BG: tl.constexpr = {size // printer.group}"
+    yield "BN: tl.constexpr = BT * 16"
+    yield "first_row = tl.program_id(0).to(tl.int64) * BM"
+    yield "first_tile = tl.program_id(1).to(tl.int64) * BT"
+    yield "part = tl.program_id(2)"
+    yield "local_tile = tl.minimum(tl.arange(0, BT), tiles - 1 - first_tile.to(tl.int32))"
+    yield "row = tl.minimum(tl.arange(0, BM), M - 1 - first_row.to(tl.int32))"
+
+
+def _x_pointers(printer: Printer, narrow: bool) -> Iterator[str]:
+    """``x_at`` [BK of one product] in the order of the decoded tile, ``x_from`` [BM, …]."""
+    run = 4 if narrow else 2
+    yield f"order = tl.arange(0, {blocks(printer)[1]})"
+    yield f"pair = order // {run}"
+    if narrow:
+        yield f"x_at = order % 4 + 4 * (pair // BG) + {printer.group} * (pair % BG)"
+    else:
+        yield f"x_at = order % 2 + 2 * (pair // BG % 2) + 4 * (pair // (2 * BG)) + {printer.group} * (pair % BG)"
+    yield "x_from = x_ptr + first_row * x_stride + row[:, None] * x_stride + x_at[None, :]"
+
+
+def _scale_pointers(printer: Printer) -> Iterator[str]:
+    """``f_{plane}`` [BN]: row n of the padded weight, clamped to the last tile."""
+    yield "column = tl.minimum(tl.arange(0, BN), (tiles - first_tile.to(tl.int32)) * 16 - 1)"
+    for p in text.group_planes(printer):
+        entries = f"(KP // {p.per} * 16)"
+        yield f"f_{p.name} = p_{p.name} + first_tile * {entries} + column // 16 * {entries} + column % 16"
+    for p in text.row_planes(printer):
+        yield f"v_{p.name} = tl.load(p_{p.name} + first_tile * 16 + column)"
+
+
+def _scale_loads(printer: Printer, step: str) -> Iterator[str]:
+    count, size = blocks(printer)
+    for p in text.group_planes(printer):
+        for b in range(count):
+            entry = f"tl.minimum((({step}) * BK + {b * size}) // {p.per}, KP // {p.per} - 1)"
+            yield f"n_{p.name}{b} = tl.load(f_{p.name} + {entry} * 16)"
+
+
+def _accumulators(printer: Printer, narrow: bool) -> Iterator[str]:
+    integer = narrow and linear_gen(printer.spec) is not None and printer.spec.period == ROW
+    yield f"acc = tl.zeros([BN, BM], {'tl.int32' if integer else 'tl.float32'})"
+    if not narrow and printer.form.offset != 0:
+        yield f"ones = tl.full([{blocks(printer)[1]}, 8], 1.0, DOT)"
+        yield "sum_x = tl.zeros([BM, 8], tl.float32)"
+
+
+def _step(printer: Printer, narrow: bool) -> Iterator[str]:
+    count, size = blocks(printer)
+    for b in range(count):
+        yield from text.word_loads(printer, f"(step * {count} + {b}) * BG", tag=f"_{b}")
+        base = f"step * BK + {b * size}"
+        yield "if EVEN:"
+        yield f"    x{b} = tl.load(x_from + ({base}))"
+        yield "else:"
+        yield f"    x{b} = tl.load(x_from + ({base}), mask=(x_at + ({base}) < K)[None, :], other=0.0)"
+        if printer.form.offset != 0 and not narrow:
+            natural = "x_ptr + first_row * x_stride + row[:, None] * x_stride + order[None, :]"
+            yield "if SUM_LOAD:"
+            yield f"    xn{b} = tl.load({natural} + ({base}), mask=(order + ({base}) < K)[None, :], other=0.0)"
+    for b in range(count):
+        for p in text.group_planes(printer):
+            yield f"v_{p.name} = n_{p.name}{b}"
+        yield from (_product8(printer, b) if narrow else _product(printer, b))
+    # One step ahead in registers: a vector of scales is too narrow for an asynchronous copy.
+    yield from _scale_loads(printer, "step + 1")
+
+
+def _product(printer: Printer, b: int) -> Iterator[str]:
+    form, row = printer.form, printer.spec.period == ROW
+    lines, names = printer.elements(f"_{b}")
+    yield from lines
+    bits = printer.group.bit_length() - 1
+    order = ", ".join(map(str, [0, 2, *range(2 + bits, 4, -1), 4, 1, 3]))
+    yield f"g = tl.permute({joined([e for r in names for e in r])}.to(DOT), {order})"
+    yield f"g = tl.reshape(g, [BN, {blocks(printer)[1]}])"
+    yield f"xt = tl.trans(x{b}.to(DOT))"
+    yield "acc = tl.dot(g, xt, acc)" if row else "part_sum = tl.dot(g, xt)"
+    yield "if PARTS == 2:"
+    yield f"    rest = (x{b} - x{b}.to(DOT).to(tl.float32)).to(DOT)"
+    yield f"    {'acc = tl.dot(g, tl.trans(rest), acc)' if row else 'part_sum = tl.dot(g, tl.trans(rest), part_sum)'}"
+    if form.offset != 0:
+        yield from _sums(b, row)
+    if not row:
+        yield f"acc += part_sum * {_column(printer, form.coeff)}"
+        if form.offset != 0:
+            yield f"acc += {SPREAD} * {_column(printer, form.offset, unit=False)}"
+
+
+SPREAD = "(tl.sum(sum_x, 1) * 0.125)[None, :]"
+
+
+def _sums(b: int, row: bool) -> Iterator[str]:
+    """Σ x over a period on the matrix unit: x times eight columns of ones. Order does not matter, so with SUM_LOAD x is
+    copied once more, in its natural order: Triton 3.6 copies nothing ahead that two products read in different roles."""
+    yield "if SUM_LOAD:"
+    yield f"    xs = xn{b}.to(DOT)"
+    yield "else:"
+    yield f"    xs = x{b}.to(DOT)"
+    yield f"sum_x = tl.dot(xs, ones{', sum_x' if row else ''})"
+    yield "if PARTS == 2:"
+    yield f"    sum_x = tl.dot(rest, ones, sum_x)"
+
+
+def _column(printer: Printer, expr: sympy.Expr, unit: bool = True) -> str:
+    """A hoisted factor as a column [BN, 1] (or a plain number, when it reads no plane)."""
+    value = text.factor(printer, expr) + (" * UNIT" if unit else "")
+    return f"({value})[:, None]" if expr.free_symbols else f"({value})"
+
+
+def _product8(printer: Printer, b: int) -> Iterator[str]:
+    form, row = printer.form, printer.spec.period == ROW
+    yield from bytes8(printer, f"_{b}")
+    names = [f"b{s}{j}_{b}" for s in range(printer.slots) for j in range(4)]
+    bits = printer.group.bit_length() - 1
+    order = ", ".join(map(str, [0, 2, *range(2 + bits, 4, -1), 1, 4, 3]))
+    yield f"g = tl.permute({joined(names)}, {order})"
+    yield f"g = tl.reshape(g, [BN, {blocks(printer)[1]}])"
+    integer = linear_gen(printer.spec) is not None
+    kind = "out_dtype=tl.int32" if integer else "out_dtype=tl.float32"
+    if integer and row:
+        yield f"acc = tl.dot(g, tl.trans(x{b}), acc, {kind})"
+        return
+    # A fresh sum for every product: wgmma adds e4m3 products with about 14 bits, so long sums are taken in float32.
+    yield f"part_sum = tl.dot(g, tl.trans(x{b}), {kind}).to(tl.float32)"
+    yield "acc += part_sum" if row else f"acc += part_sum * {_column(printer, form.coeff, unit=False)}"
+    if form.offset != 0 and not row:
+        _, size = blocks(printer)
+        yield f"entry = (step * BK + {b * size}) // {printer.spec.period} + row * 0"
+        yield "sum_x = tl.load(x_sum_ptr + (first_row + row) * periods + entry, mask=entry < periods, other=0.0)"
+        yield f"acc += sum_x[None, :] * {_column(printer, form.offset, unit=False)}"
+
+
+def _end(printer: Printer, narrow: bool) -> Iterator[str]:
+    form = printer.form
+    if printer.spec.period == ROW:
+        yield f"acc = acc.to(tl.float32) * {_column(printer, form.coeff, unit=not narrow)}"
+        if form.offset != 0:
+            total = "tl.load(x_sum_ptr + first_row + row)[None, :]" if narrow else SPREAD
+            yield f"acc += {total} * {_column(printer, form.offset, unit=False)}"
+    yield "n = first_tile * 16 + tl.arange(0, BN)"
+    yield "m = first_row + tl.arange(0, BM)"
+    yield "if HAS_SCALE:"
+    yield "    acc = acc * tl.load(x_scale_ptr + first_row + row)[None, :]"
+    yield "if HAS_BIAS and not PARTIAL:"
+    yield "    acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]"
+    yield "inside = (n < N)[:, None] & (m < M)[None, :]"
+    yield "out = out_ptr + m[None, :] * N + n[:, None]"
+    yield "if PARTIAL:"
+    yield "    tl.store(out + part.to(tl.int64) * M * N, acc, mask=inside)"
+    yield "else:"
+    yield "    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)"

@@ -1,0 +1,69 @@
+"""Writes a generated module under the hash of its text and imports it: the one place where Triton is imported."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import KernelBuildError
+
+PREFIX = "qcompile_triton_"
+
+
+def source_folder() -> Path:
+    """Where generated modules lie: ``$QCOMPILE_CACHE_DIR/triton``, else under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    chosen = os.environ.get("QCOMPILE_CACHE_DIR")
+    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcompile"
+    return base / "triton"
+
+
+def content_hash(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=None)
+def load(source: str) -> ModuleType:
+    """The module of ``source``. The file appears whole (``os.replace``), so processes may race for it.
+
+    Raises :class:`~qcompile.errors.KernelBuildError` when Triton is not installed or the folder cannot be written.
+    """
+    name = PREFIX + content_hash(source)
+    path = source_folder() / f"{name}.py"
+    try:
+        import triton  # noqa: F401  (imported here to tell a missing package from a broken module)
+    except ImportError as error:
+        raise KernelBuildError(f"CUDA kernels need the package triton, which does not import here ({error}); "
+                               "install triton 3.6 or later, or run on the CPU") from error  # fmt: skip
+    try:
+        write(path, source)
+    except OSError as error:
+        raise KernelBuildError(f"cannot write the generated kernel {path} ({error}); set QCOMPILE_CACHE_DIR to a folder "
+                               "that can be written") from error  # fmt: skip
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Triton reads the source of a kernel through its module
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(path: Path, source: str) -> None:
+    """Writes ``source`` to ``path`` atomically, unless the file holds it already."""
+    if path.exists() and path.read_text() == source:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(descriptor, "w") as file:
+        file.write(source)
+    os.replace(temporary, path)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on the CPU in this process (``TRITON_INTERPRET``, read when Triton was imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
