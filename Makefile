@@ -1,6 +1,7 @@
 # Every target sets itself up: `make demo` or `make test` in a fresh clone needs nothing but Python 3.11 or newer.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+QUESTION ?= all
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -27,7 +28,7 @@ unit: $(READY)
 	$(BIN)/pytest $(PYTEST)
 
 bench: $(VENV)/.ready-bench
-	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script; done
+	$(BIN)/python -m benchmarks $(QUESTION)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

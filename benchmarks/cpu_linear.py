@@ -1,8 +1,9 @@
 """Generated CPU kernels of one linear layer against ``torch.compile``\\ d ``F.linear`` in the same run.
 
 All candidates of a shape and row count are timed in turn, round after round, each with the next of its copies of the
-weight, so that no weight is found in a cache and drifts of the machine meet all of them. A ratio is the median over
-rounds of baseline time / candidate time.
+weight, so that no weight is found in a cache and drifts of the machine meet all of them. A call counts only if this
+process had all of its threads' cores throughout (OpenMP threads spin, so its CPU time is threads × wall time), which
+makes measurements on a shared machine repeatable. A ratio is median baseline time / median candidate time.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Result:
     ms: float
     speedup: float
     gb_per_s: float
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,11 @@ def _copies(nbytes: int) -> int:
 
 def baseline(weight: torch.Tensor) -> Candidate:
     """``F.linear`` through Inductor on copies of ``weight``."""
-    compiled = torch.compile(torch.nn.functional.linear, dynamic=False)
+
+    def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, w)
+
+    compiled = torch.compile(linear, dynamic=False)
     nbytes = weight.nbytes
     copies = [weight.clone() for _ in range(_copies(nbytes))]
     calls = [lambda x, w=w: compiled(x, w) for w in copies]
@@ -85,27 +91,33 @@ def measure(
     results = []
     with torch.inference_mode():
         for m in rows:
+            torch.compiler.reset()
             x = torch.randn(m, k).to(dtype)
             times = _interleaved(candidates, x, seconds * len(candidates))
             for c, own in zip(candidates, times, strict=True):
                 ms = statistics.median(own)
-                speedup = statistics.median(b / t for b, t in zip(times[0], own, strict=True))
-                results.append(Result(c.label, n, k, m, c.variant(m), ms * 1e3, speedup, c.nbytes / ms / 1e9))
+                speedup = statistics.median(times[0]) / ms
+                results.append(Result(c.label, n, k, m, c.variant(m), ms * 1e3, speedup, c.nbytes / ms / 1e9, len(own)))
     return results
 
 
 def _interleaved(candidates: Sequence[Candidate], x: torch.Tensor, seconds: float) -> list[list[float]]:
+    """Undisturbed times of every candidate, at least seven each. Raises ``RuntimeError`` when the machine is too busy."""
     for c in candidates:
-        for call in c.calls[:2]:
+        for call in c.calls:
             call(x)
     times: list[list[float]] = [[] for _ in candidates]
     start, turn = time.perf_counter(), 0
-    while turn < 7 or time.perf_counter() - start < seconds:
+    while time.perf_counter() - start < seconds or min(map(len, times)) < 7:
+        if time.perf_counter() - start > 30 * seconds:
+            raise RuntimeError(f"other processes took the cores from {[len(t) for t in times]} of {turn} calls; try later")
         for c, own in zip(candidates, times, strict=True):
             call = c.calls[turn % len(c.calls)]
-            begin = time.perf_counter()
+            begin, cpu = time.perf_counter(), time.process_time()
             call(x)
-            own.append(time.perf_counter() - begin)
+            wall, used = time.perf_counter() - begin, time.process_time() - cpu
+            if used > 0.93 * wall * torch.get_num_threads():
+                own.append(wall)
         turn += 1
     return times
 

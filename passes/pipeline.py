@@ -36,7 +36,11 @@ class Compilation:
     """
 
     def __init__(
-        self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, recorder: Recorder | None = None
+        self,
+        gm: torch.fx.GraphModule,
+        example_inputs: Sequence[Any],
+        options: Options,
+        recorder: Recorder | None = None,
     ) -> None:
         self.options = options
         self.owners = Owners()
@@ -77,18 +81,12 @@ class Compilation:
             if decision.scheme is None or parameter is None:
                 self.recorder.add(Record.of(decision))
                 continue
-            done = self._recording(decision)
+            done = _recording(self.recorder, decision)
             if (earlier := found.get(id(parameter))) is not None:
                 found[id(parameter)] = dataclasses.replace(earlier, done=_each(earlier.done, done))
             else:
                 found[id(parameter)] = Conversion(decision.site.name, slots, decision.scheme, decision.site.transposed,
                                                   self.options.weights == "keep", done)  # fmt: skip
-
-    def _recording(self, decision: Decision) -> Done:
-        def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
-            self.recorder.add(packed_record(decision, packed, before, decibels))
-
-        return done
 
     def _restricted(self, site: Site) -> Site:
         """``site`` with the reason, if there is one, why its weight cannot be exchanged."""
@@ -149,6 +147,15 @@ def kernel_name(scheme: Scheme, device: torch.device) -> str:
     """Which generated kernel serves ``scheme`` on ``device``."""
     language = "triton" if device.type == "cuda" else "cpp"
     return f"{language} {scheme.label}"
+
+
+def _recording(recorder: Recorder, decision: Decision) -> Done:
+    """Must not hold the compilation: it holds the float weights, which are to go one by one."""
+
+    def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
+        recorder.add(packed_record(decision, packed, before, decibels))
+
+    return done
 
 
 def _each(*listeners: Done) -> Done:

@@ -123,7 +123,6 @@ def projections(
     """The linears that q, k and v come from, seen through views, rotary embeddings, norms, cache writes."""
     stop = barrier(graph, attentions)
     q, k, v = (
-        {n for n in ancestors([start], stop) if n in graph.linears}
-        for start in (attention.q, attention.k, attention.v)
+        {n for n in ancestors([start], stop) if n in graph.linears} for start in (attention.q, attention.k, attention.v)
     )
     return q, k, v

@@ -80,9 +80,7 @@ def _other_use(node: Node, name: str, weight: Node, graph: Graph) -> Use:
         return Use(node, "matmul", problem=reason)
     for linear, source in graph.operands.items():
         if source.parameter is weight and node in set(ancestors([source.computed], lambda n: n is weight)):
-            reason = (
-                f"{linear.name} multiplies by {source.computed} ({name} of the weight), not by the weight"
-            )
+            reason = f"{linear.name} multiplies by {source.computed} ({name} of the weight), not by the weight"
             return Use(node, site_operator(linear), problem=reason)
     if node.op == "output":
         return Use(node, "other", problem="the weight is an output of the graph")

@@ -48,7 +48,5 @@ MASKS = frozenset("masked_fill nan_to_num".split())
 
 SLICES = frozenset("getitem narrow select slice view".split())
 
-SHAPE_QUERIES = frozenset(
-    "size Size dim numel stride shape sym_size ndim dtype device is_floating_point".split()
-)
+SHAPE_QUERIES = frozenset("size Size dim numel stride shape sym_size ndim dtype device is_floating_point".split())
 """Questions about a tensor that do not read its values."""

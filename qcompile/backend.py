@@ -36,7 +36,8 @@ def qcompile(
     drop_plane_guards(gm, example_inputs)
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=parsed.inductor_patches())
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=parsed.inductor_patches())
+    return compiled
 
 
 def _reset() -> None:

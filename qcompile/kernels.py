@@ -39,7 +39,7 @@ def for_scheme(scheme: Scheme, device_type: str) -> Kernels:
     return cpu_kernels(scheme)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def for_key(key: str, device_type: str) -> Kernels:
     """:func:`for_scheme` for an operator's scheme key."""
     return for_scheme(scheme_of(key), device_type)

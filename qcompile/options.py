@@ -55,13 +55,17 @@ class Options:
         if self.mode not in MODES:
             raise OptionError(f"option 'mode': {nearest(str(self.mode), MODES)} Found {self.mode!r}")
         if not isinstance(self.inductor, Mapping):
-            raise OptionError(f"option 'inductor' must be a dict of Inductor settings, found {type(self.inductor).__name__}")
+            raise OptionError(
+                f"option 'inductor' must be a dict of Inductor settings, found {type(self.inductor).__name__}"
+            )
         from torch._inductor import config
 
         settings = config.get_config_copy()
         for name in self.inductor:
             if name not in settings:
-                raise OptionError(f"option 'inductor': no setting {name!r} in torch._inductor.config. {nearest(name, settings)}")
+                raise OptionError(
+                    f"option 'inductor': no setting {name!r} in torch._inductor.config. {nearest(name, settings)}"
+                )
 
     def inductor_patches(self) -> dict[str, Any]:
         """Settings for Inductor: those of the mode, then the user's own."""

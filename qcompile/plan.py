@@ -158,9 +158,7 @@ class Plan:
                 continue
             if record.decision.site.is_linear:
                 linear.add(name)
-            if name not in unique or (
-                unique[name].decision.scheme is None and record.decision.scheme is not None
-            ):
+            if name not in unique or (unique[name].decision.scheme is None and record.decision.scheme is not None):
                 unique[name] = record
         whole = sum(unique[name].bytes_before for name in linear)
         packed = sum(unique[name].bytes_before for name in linear if unique[name].decision.scheme is not None)
@@ -175,9 +173,7 @@ class Plan:
     def require_all(self) -> None:
         """Raises :class:`StrictError` naming every site that the policy meant to quantize and that was
         left."""
-        left = [
-            r.decision for r in self.records if r.decision.wanted is not None and r.decision.scheme is None
-        ]
+        left = [r.decision for r in self.records if r.decision.wanted is not None and r.decision.scheme is None]
         if left:
             lines = [
                 f"  {d.site.name} ({d.site.operator}): {d.reason}, asked for {d.wanted.label} by {d.rule}"  # type: ignore[union-attr]

@@ -95,9 +95,7 @@ class Policy:
         for other JSON."""
         try:
             content = json.loads(text)
-            rules = [
-                Rule(r["pattern"], scheme_of(r["scheme"]) if r["scheme"] else None) for r in content["rules"]
-            ]
+            rules = [Rule(r["pattern"], scheme_of(r["scheme"]) if r["scheme"] else None) for r in content["rules"]]
             return Policy(content["name"], rules, content["explicit"])
         except UnknownFormatError:
             raise
@@ -167,9 +165,7 @@ class Policy:
             if choice.rule is None or winner is None or choice.rule.outcome != winner.outcome:
                 choice.rule = winner
             if holder is not None:
-                choice.tie = (
-                    f"the weight is tied to {holder.operator} {holder.name!r}, which stays in floating point"
-                )
+                choice.tie = f"the weight is tied to {holder.operator} {holder.name!r}, which stays in floating point"
 
     def _decision(self, site: Site, rule: Rule | None, tie: str | None) -> Decision:
         if rule is None:
@@ -207,9 +203,7 @@ class Policy:
             return f"preset {self.name}"
         return f"preset {self.name} ({rule.shown})"
 
-    def unmatched(
-        self, sites: Iterable[Site], module_names: Iterable[str] = (), whole: bool = True
-    ) -> list[Rule]:
+    def unmatched(self, sites: Iterable[Site], module_names: Iterable[str] = (), whole: bool = True) -> list[Rule]:
         """Rules of a user's own policy that match no site and no module's name; unless the sites are the
         ``whole`` model's, a rule on a role that some later graph may have counts as matched."""
         if not self.explicit:
@@ -225,9 +219,7 @@ class Policy:
         ]
 
 
-def check_rules(
-    policy: Policy, sites: Sequence[Site], module_names: Iterable[str], whole: bool = True
-) -> None:
+def check_rules(policy: Policy, sites: Sequence[Site], module_names: Iterable[str], whole: bool = True) -> None:
     """Raises :class:`PolicyError` for a rule that matches nothing, with the nearest names and roles.
 
     ``sites`` are all that are known, ``module_names`` all of the model's modules: a rule for a module that a

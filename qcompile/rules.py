@@ -65,9 +65,7 @@ def scheme_named(name: str, extra: Iterable[str] = ()) -> Scheme | None:
     base = name.removesuffix(DYNAMIC)
     spec = REGISTRY.get(ALIASES.get(base, base))
     if spec is None:
-        raise UnknownFormatError(
-            name, {*ALIASES, *REGISTRY, *FLOATS, *(a + DYNAMIC for a in ALIASES), *extra}
-        )
+        raise UnknownFormatError(name, {*ALIASES, *REGISTRY, *FLOATS, *(a + DYNAMIC for a in ALIASES), *extra})
     if base == name:
         return Scheme(spec)
     return Scheme(spec, "int8" if affine(spec).integer else "fp8")
@@ -109,8 +107,6 @@ def rules_from(value: object) -> list[Rule]:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], str) and pair[0]):
             raise PolicyError(f"{pair!r} is no rule; a rule is a pair of a pattern and a value")
         if any(rule.pattern == pair[0] for rule in rules):
-            raise PolicyError(
-                f"pattern {pair[0]!r} comes twice; the second rule could never match, remove one"
-            )
+            raise PolicyError(f"pattern {pair[0]!r} comes twice; the second rule could never match, remove one")
         rules.append(Rule(pair[0], scheme_from(pair[0], pair[1])))
     return rules

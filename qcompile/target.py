@@ -21,7 +21,7 @@ class Target:
         return self.kind == "cuda" and int(self.arch) >= 89
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def of(device: torch.device) -> Target:
     """The target of a torch device. Raises ``ValueError`` for a device that no kernel is generated for."""
     if device.type == "cuda":

@@ -88,14 +88,16 @@ class QuantizedTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         from .tensor_ops import ATEN
 
         if func not in ATEN:
-            raise UnsupportedOnTensorError(f"{func} is not defined on a weight packed as {cls.scheme.label}; call "
-                                           ".dequantize() for a float tensor, or leave this layer in float by a policy rule")  # fmt: skip
+            raise UnsupportedOnTensorError(
+                f"{func} is not defined on a weight packed as {cls.scheme.label}; call .dequantize() for a float tensor, "
+                "or leave this layer in float by a policy rule"
+            )
         return ATEN[func](*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
@@ -121,8 +123,10 @@ class QuantizedTensor(torch.Tensor):
     def is_shared(self) -> bool:
         return all(p.is_shared() for p in self.planes)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"QuantizedTensor({self.scheme.label}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return (
+            f"QuantizedTensor({self.scheme.label}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+        )
 
 
 _CLASS_NAME = re.compile(r"Quantized_(?P<format>\w+?)(?P<activations>__act_(int8|fp8))?(?P<transposed>__t)?")
@@ -134,7 +138,7 @@ def tensor_class(scheme: Scheme, transposed: bool = False) -> type[QuantizedTens
     return _tensor_class(scheme, transposed)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tensor_class(scheme: Scheme, transposed: bool) -> type[QuantizedTensor]:
     act = f"__act_{scheme.activations}" if scheme.activations else ""
     name = f"Quantized_{scheme.format.name}{act}{'__t' if transposed else ''}"

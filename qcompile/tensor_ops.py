@@ -25,7 +25,9 @@ ATEN: dict[Any, Callable[..., Any]] = {}
 """``__torch_dispatch__``: ATen operators."""
 
 
-def _implements(table: dict[Any, Callable[..., Any]], *functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _implements(
+    table: dict[Any, Callable[..., Any]], *functions: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
         table.update(dict.fromkeys(functions, implementation))
         return implementation
@@ -36,10 +38,12 @@ def _implements(table: dict[Any, Callable[..., Any]], *functions: Any) -> Callab
 @_implements(FUNCTIONS, F.linear)
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if not isinstance(weight, QuantizedTensor) or isinstance(input, QuantizedTensor):
-        raise UnsupportedOnTensorError("F.linear takes a packed tensor as its weight only; call .dequantize() on the input")
+        raise UnsupportedOnTensorError(
+            "F.linear takes a packed tensor as its weight only; call .dequantize() on the input"
+        )
     if torch.is_autocast_enabled(input.device.type):
         input = input.to(torch.get_autocast_dtype(input.device.type))
-    return _matmul(input, weight.t() if weight.transposed else weight, bias)
+    return _matmul(input, weight, bias)
 
 
 @_implements(ATEN, aten.linear.default)
@@ -96,7 +100,9 @@ def _alias(w: QuantizedTensor) -> QuantizedTensor:
 @_implements(ATEN, aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(w: QuantizedTensor, shape: list[int]) -> QuantizedTensor:
     if list(w.shape) != [s if s != -1 else w.numel() // max(1, -torch.Size(shape).numel()) for s in shape]:
-        raise UnsupportedOnTensorError(f"view of a packed weight {list(w.shape)} as {list(shape)}: call .dequantize() first")
+        raise UnsupportedOnTensorError(
+            f"view of a packed weight {list(w.shape)} as {list(shape)}: call .dequantize() first"
+        )
     return _alias(w)
 
 
@@ -177,7 +183,9 @@ def _columns(w: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
 
 
 @_implements(ATEN, aten.slice.Tensor)
-def _slice(w: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> QuantizedTensor:
+def _slice(
+    w: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> QuantizedTensor:
     start, stop, step = slice(start, end, step).indices(w.shape[dim])
     if (start, stop, step) == (0, w.shape[dim], 1):
         return _alias(w)
@@ -215,7 +223,13 @@ def _embedding(w: QuantizedTensor, indices: torch.Tensor, *_: Any) -> torch.Tens
     if w.transposed:
         return F.embedding(indices, w.dequantize())
     flat = indices.reshape(-1)
-    if not isinstance(flat, torch._subclasses.FakeTensor) and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < w.shape[0]:
-        raise IndexError(f"embedding: indices reach from {int(flat.min())} to {int(flat.max())}, the table has {w.shape[0]} rows")
+    if (
+        not isinstance(flat, torch._subclasses.FakeTensor)
+        and flat.numel()
+        and not 0 <= int(flat.min()) <= int(flat.max()) < w.shape[0]
+    ):
+        raise IndexError(
+            f"embedding: indices reach from {int(flat.min())} to {int(flat.max())}, the table has {w.shape[0]} rows"
+        )
     gathered = _rows(w, lambda rows: rows.index_select(0, flat), flat.numel())
     return gathered.dequantize().view(*indices.shape, w.shape[1])

@@ -7,14 +7,15 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
-import qcompile
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+import qcompile
 from qcompile.errors import OptionError, PolicyError, StrictError, UnknownFormatError, WeightError
 from qcompile.recorder import recorder_of
 from qcompile.tensor import QuantizedTensor
-from torch import nn
-from torch._dynamo.utils import counters
 
 
 @pytest.fixture(autouse=True)

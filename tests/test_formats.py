@@ -5,6 +5,7 @@ import itertools
 import pytest
 import sympy
 import torch
+
 from qcompile import formats
 from qcompile.errors import FormatError, LayoutError, UnknownFormatError, WeightError
 from qcompile.formats import ROW, Codebook, FormatSpec, Plane, Scheme, affine, reference, scheme_of, symbols
@@ -137,7 +138,9 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     for spec, planes in zip(SPECS, whole, strict=True):
         for a, b in zip(planes, reference.quantize(spec, weight), strict=True):
             assert torch.equal(a, b)
-        exact = 10 * torch.log10(weight.square().sum() / (weight - reference.decode(spec, planes, 100, 64)).square().sum())
+        exact = 10 * torch.log10(
+            weight.square().sum() / (weight - reference.decode(spec, planes, 100, 64)).square().sum()
+        )
         assert abs(reference.sqnr(spec, planes, weight) - float(exact)) < 1e-3
 
 
@@ -190,7 +193,7 @@ def test_schemes_and_their_keys() -> None:
 
 def test_fingerprint_covers_every_deciding_field() -> None:
     q, scale = symbols("q scale")
-    base = dict(name="f", planes=(Plane("scale", "f32", 32), Plane("q", "u4")), value=scale * (q - 8))
+    base = {"name": "f", "planes": (Plane("scale", "f32", 32), Plane("q", "u4")), "value": scale * (q - 8)}
     changed = [
         base | {"value": scale * (q - 7)},
         base | {"planes": (Plane("scale", "f16", 32), Plane("q", "u4"))},

@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from qcompile import formats
 from qcompile.errors import LayoutError, UnsupportedOnTensorError
 from qcompile.formats import Scheme
 from qcompile.tensor import QuantizedTensor, as_parameter, quantize, tensor_class
-from torch import nn
 
 SCHEMES = [Scheme(spec) for spec in formats.REGISTRY.values()]
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
@@ -36,7 +37,9 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @each_scheme
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("leading", [(), (1,), (3, 5), (0,), (2, 1, 9)])
-def test_eager_linear_is_linear_with_the_decoded_weight(scheme: Scheme, dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+def test_eager_linear_is_linear_with_the_decoded_weight(
+    scheme: Scheme, dtype: torch.dtype, leading: tuple[int, ...]
+) -> None:
     linear = packed_linear(scheme, dtype=dtype)
     x = torch.randn(*leading, 100).to(dtype)
     with torch.no_grad():
@@ -51,8 +54,9 @@ def test_other_spellings_of_a_product() -> None:
     weight, x, bias = packed_linear().weight, torch.randn(6, 100), torch.randn(37)
     exact = x @ weight.dequantize().t()
     with torch.no_grad():
-        for product in (x @ weight.t(), torch.matmul(x, weight.T), torch.mm(x, weight.transpose(0, 1)),
-                        x @ weight.permute(1, 0), (weight @ x.t()).t(), x.view(2, 3, 100).matmul(weight.t()).view(6, 37)):  # fmt: skip
+        spellings = [x @ weight.t(), torch.matmul(x, weight.T), torch.mm(x, weight.transpose(0, 1)), x @ weight.permute(1, 0)]
+        spellings += [(weight @ x.t()).t(), x.view(2, 3, 100).matmul(weight.t()).view(6, 37)]
+        for product in spellings:
             close(product, exact)
         close(torch.addmm(bias, x, weight.t()), exact + bias)
         close(torch.addmm(bias, x, weight.t(), beta=0.5, alpha=2), 2 * exact + 0.5 * bias)
@@ -221,7 +225,12 @@ def test_equal_and_shared_memory() -> None:
 
 def test_stable_hash_tells_apart_whatever_decides_a_graph() -> None:
     base = packed_linear(k=128, n=64).weight
-    others = [base.t(), base.to(torch.bfloat16), base[:32], packed_linear(Scheme(formats.get("int4_g64")), 128, 64).weight]
+    others = [
+        base.t(),
+        base.to(torch.bfloat16),
+        base[:32],
+        packed_linear(Scheme(formats.get("int4_g64")), 128, 64).weight,
+    ]
     assert len({w._stable_hash_for_caching() for w in [base, *others]}) == 5
     assert base.clone()._stable_hash_for_caching() == base._stable_hash_for_caching()
 
@@ -231,4 +240,4 @@ def test_classes_are_found_by_name_on_demand() -> None:
 
     assert module.Quantized_int8__act_int8__t is tensor_class(Scheme(formats.get("int8"), "int8"), transposed=True)
     with pytest.raises(AttributeError, match="Quantized_int9"):
-        module.Quantized_int9
+        getattr(module, "Quantized_int9")  # noqa: B009

@@ -21,7 +21,9 @@ BLOCK = 128
 """Columns worked on before the rest of the matrix is brought up to date."""
 
 
-def quantize(spec: FormatSpec, weight: torch.Tensor, hessian: torch.Tensor, layer: str = "weight") -> list[torch.Tensor]:
+def quantize(
+    spec: FormatSpec, weight: torch.Tensor, hessian: torch.Tensor, layer: str = "weight"
+) -> list[torch.Tensor]:
     """Stored planes, in spec order, of a float ``[N, K]`` weight under ``hessian`` ``[K, K]``, the sum of x xᵀ over inputs.
 
     Scales and offsets of a group come from the weights as earlier columns' errors have left them. Formats of one code

@@ -27,7 +27,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 LONGEST_INT_ROW = 131072
 """Largest K whose int8 products, summed without scales in between, stay inside int32: 128 · 127 · K < 2^31."""
 
-_BEFORE = ("simd.h", "dot.h", "job.h")
+_BEFORE = ("simd.h", "convert.h", "dot.h", "job.h")
 _AFTER = ("rows.h", "panel.h", "entry.h")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..errors import KernelBuildError
 
 FLAGS = (
-    "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fwrapv", "-fno-math-errno", "-fno-trapping-math",
     "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-w",
 )  # fmt: skip
 

@@ -185,7 +185,7 @@ class _Struct:
 
     def _value(self) -> str:
         """The format's own expression, in the reference's order of operations; weight i of the block at k."""
-        names = {p.name: _load_scale(p).replace("k /", "(k + i) /") for p in self.spec.scales}
+        names = {p.name: _load_scale(p, "(k + i)") for p in self.spec.scales}
         expr = self._float_printer(names, raw=False).lanes(self.spec.value)
         return f"QC_INLINE vf value(const Planes& a, const Words& w, int64_t k, int i) {{ return {expr}; }}"
 
@@ -296,8 +296,8 @@ def _tile_start(plane: Plane) -> str:
     return "t * 16" if plane.per == ROW else f"t * (k / {plane.per}) * 16"
 
 
-def _load_scale(plane: Plane) -> str:
-    return f"load_float(a.{plane.name})" if plane.per == ROW else f"load_float(a.{plane.name} + k / {plane.per} * 16)"
+def _load_scale(plane: Plane, k: str = "k") -> str:
+    return f"load_float(a.{plane.name})" if plane.per == ROW else f"load_float(a.{plane.name} + {k} / {plane.per} * 16)"
 
 
 def _cpp(flag: bool) -> str:

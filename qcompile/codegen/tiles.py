@@ -70,9 +70,14 @@ def product_tile(kernel: str, rows: int) -> Tile:
     return next(tile for most, tile in ROWS[kernel] if rows <= most)
 
 
-def sum_load(arch: int, tile: Tile) -> bool:
-    """Whether Σ x takes x by a load of its own: where x comes to mma (not wgmma) in registers."""
+def sum_load(arch: int) -> bool:
+    """Whether Σ x takes x by a load of its own: where x comes to mma in registers, not to wgmma in shared memory."""
     return arch < 90
+
+
+def quads(arch: int, triton: tuple[int, int]) -> bool:
+    """Whether a thread of the 16-bit operand layout owns four neighbours, not two: mma in Triton before 3.8."""
+    return arch < 90 and triton < (3, 8)
 
 
 def gemv_tile(group: int, period: int, kp: int) -> Tile:

@@ -44,7 +44,7 @@ def dot8(printer: Printer, name: str) -> str:
 def _kernel(printer: Printer, name: str, narrow: bool) -> str:
     arguments = (f"x_ptr, x_scale_ptr, x_sum_ptr, {text.plane_arguments(printer)}, bias_ptr, out_ptr, "
                  "M, N, K, KP, x_stride, tiles, steps, "
-                 + text.constexprs("BT", "BM", "STAGES", "EVEN", "PARTIAL", "HAS_BIAS", "HAS_SCALE", "DEC", "DOT", "PARTS", "SUM_LOAD"))  # fmt: skip
+                 + text.constexprs("BT", "BM", "STAGES", "EVEN", "PARTIAL", "HAS_BIAS", "HAS_SCALE", "DEC", "DOT", "PARTS", "SUM_LOAD", "QUADS"))  # fmt: skip
     body = [
         *_where(printer), *([] if narrow else printer.units()), *text.begin_end(), *text.word_pointers(printer),
         *_x_pointers(printer, narrow), *_scale_pointers(printer), *_accumulators(printer, narrow),
@@ -71,14 +71,22 @@ def _where(printer: Printer) -> Iterator[str]:
 
 def _x_pointers(printer: Printer, narrow: bool) -> Iterator[str]:
     """``x_at`` [BK of one product] in the order of the decoded tile, ``x_from`` [BM, …]."""
-    run = 4 if narrow else 2
+    quads = f"x_at = order % 4 + 4 * (order // 4 // BG) + {printer.group} * (order // 4 % BG)"
+    pairs = f"2 * (order // 2 // BG % 2) + 4 * (order // 2 // (2 * BG)) + {printer.group} * (order // 2 % BG)"
     yield f"order = tl.arange(0, {blocks(printer)[1]})"
-    yield f"pair = order // {run}"
     if narrow:
-        yield f"x_at = order % 4 + 4 * (pair // BG) + {printer.group} * (pair % BG)"
+        yield quads
     else:
-        yield f"x_at = order % 2 + 2 * (pair // BG % 2) + 4 * (pair // (2 * BG)) + {printer.group} * (pair % BG)"
+        yield from ("if QUADS:", f"    {quads}", "else:", f"    x_at = order % 2 + {pairs}")
     yield "x_from = x_ptr + first_row * x_stride + row[:, None] * x_stride + x_at[None, :]"
+
+
+def _tile(printer: Printer, joined_elements: str, quads: bool) -> str:
+    """Elements [BT, BG, 16, j0, j1, s…] as the left operand: rows are (tile, lane), columns in the order of ``x_at``."""
+    bits = printer.group.bit_length() - 1
+    last = (1, 4, 3) if quads else (4, 1, 3)
+    order = ", ".join(map(str, (0, 2, *range(2 + bits, 4, -1), *last)))
+    return f"tl.reshape(tl.permute({joined_elements}, {order}), [BN, {blocks(printer)[1]}])"
 
 
 def _scale_pointers(printer: Printer) -> Iterator[str]:
@@ -132,10 +140,8 @@ def _product(printer: Printer, b: int) -> Iterator[str]:
     form, row = printer.form, printer.spec.period == ROW
     lines, names = printer.elements(f"_{b}")
     yield from lines
-    bits = printer.group.bit_length() - 1
-    order = ", ".join(map(str, [0, 2, *range(2 + bits, 4, -1), 4, 1, 3]))
-    yield f"g = tl.permute({joined([e for r in names for e in r])}.to(DOT), {order})"
-    yield f"g = tl.reshape(g, [BN, {blocks(printer)[1]}])"
+    yield f"g = {joined([e for r in names for e in r])}.to(DOT)"
+    yield from ("if QUADS:", f"    g = {_tile(printer, 'g', True)}", "else:", f"    g = {_tile(printer, 'g', False)}")
     yield f"xt = tl.trans(x{b}.to(DOT))"
     yield "acc = tl.dot(g, xt, acc)" if row else "part_sum = tl.dot(g, xt)"
     yield "if PARTS == 2:"
@@ -174,10 +180,7 @@ def _product8(printer: Printer, b: int) -> Iterator[str]:
     form, row = printer.form, printer.spec.period == ROW
     yield from bytes8(printer, f"_{b}")
     names = [f"b{s}{j}_{b}" for s in range(printer.slots) for j in range(4)]
-    bits = printer.group.bit_length() - 1
-    order = ", ".join(map(str, [0, 2, *range(2 + bits, 4, -1), 1, 4, 3]))
-    yield f"g = tl.permute({joined(names)}, {order})"
-    yield f"g = tl.reshape(g, [BN, {blocks(printer)[1]}])"
+    yield f"g = {_tile(printer, joined(names), True)}"
     integer = linear_gen(printer.spec) is not None
     kind = "out_dtype=tl.int32" if integer else "out_dtype=tl.float32"
     if integer and row:

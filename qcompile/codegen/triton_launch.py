@@ -10,6 +10,7 @@ import torch
 from ..formats.spec import ROW, TILE_N
 from . import tiles
 from .triton_dot import blocks
+from .triton_load import triton_version
 
 if TYPE_CHECKING:
     from .triton import TritonKernels, Variant
@@ -103,7 +104,8 @@ class Call:
             BT=tile.tiles, BM=tile.rows, STAGES=tile.stages, EVEN=width % (count * size) == 0, PARTIAL=parts > 1,
             HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, DEC=self.kernels.type(self.variant.decoded),
             DOT=self.kernels.type(self.variant.operand), PARTS=self.variant.terms,
-            SUM_LOAD=tiles.sum_load(self.arch, tile), **options(tile),
+            SUM_LOAD=tiles.sum_load(self.arch),
+            QUADS=tiles.quads(self.arch, triton_version()), **options(tile),
         )  # fmt: skip
         if parts > 1:
             self._reduce(target, bias, out)

@@ -67,3 +67,12 @@ def write(path: Path, source: str) -> None:
 def interpreting() -> bool:
     """Whether Triton runs kernels on the CPU in this process (``TRITON_INTERPRET``, read when Triton was imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.lru_cache(maxsize=None)
+def triton_version() -> tuple[int, int]:
+    """(major, minor) of the installed Triton."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)

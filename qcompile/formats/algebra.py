@@ -31,7 +31,7 @@ class Affine:
         return not self.gen.atoms(sympy.Function) and all(c.is_Integer for c in sympy.Poly(self.gen).coeffs())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def affine(spec: FormatSpec) -> Affine:
     """The affine form of ``spec.value``. Raises :class:`FormatError` when the codes do not enter as one factor."""
     codes = {p.name for p in spec.codes}
@@ -65,11 +65,13 @@ def _common(spec: FormatSpec, fixed: list[sympy.Expr]) -> sympy.Expr:
     coeff = fixed[0].as_coeff_Mul()[1]
     for other in fixed[1:]:
         if not sympy.simplify(other / coeff).is_number:
-            raise FormatError(f"format {spec.name!r}: codes are scaled by both {coeff} and {other}; one factor is needed")
+            raise FormatError(
+                f"format {spec.name!r}: codes are scaled by both {coeff} and {other}; one factor is needed"
+            )
     return coeff
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def gen_table(spec: FormatSpec) -> torch.Tensor:
     """float64 ``[2**bits]``: ``gen`` of every code pattern of a format with one code plane (i8: pattern 255 is −1).
 

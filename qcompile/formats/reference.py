@@ -23,9 +23,7 @@ def quantize(spec: FormatSpec, weight: torch.Tensor, layer: str = "weight") -> l
         raise WeightError(f"{layer}: expected a 2-D float weight [N, K], found {weight.dtype} {list(weight.shape)}")
     n, k = weight.shape
     shapes = {p.name: spec.plane_shape(p, n, k) for p in spec.planes}
-    stored = {
-        p.name: torch.empty(shapes[p.name], dtype=p.storage_dtype, device=weight.device) for p in spec.planes
-    }
+    stored = {p.name: torch.empty(shapes[p.name], dtype=p.storage_dtype, device=weight.device) for p in spec.planes}
     step = max(16, CHUNK_ELEMENTS // max(k, 1) // 16 * 16)
     for start in range(0, n, step):
         chunk = weight[start : start + step].to(torch.float32)
@@ -102,7 +100,9 @@ def nearest_code(spec: FormatSpec, wanted: torch.Tensor) -> torch.Tensor:
     """Codes whose ``gen`` is nearest to ``wanted`` (float32, any shape, overwritten), saturating at both ends."""
     table, plane = gen_table(spec), spec.codes[0]
     book = _whole_codebook(spec)
-    if affine(spec).integer and torch.equal(table.sort().values.diff(), torch.ones(len(table) - 1, dtype=torch.float64)):
+    if affine(spec).integer and torch.equal(
+        table.sort().values.diff(), torch.ones(len(table) - 1, dtype=torch.float64)
+    ):
         shift = table[0] if plane.dtype != "i8" else 0.0
         wanted.sub_(float(shift)).round_()
         wanted.clamp_(*((-128, 127) if plane.dtype == "i8" else (0, len(table) - 1)))

@@ -104,7 +104,9 @@ class FormatSpec:
         if len(set(names)) != len(names):
             raise FormatError(f"format {self.name!r}: two planes have one name in {names}")
         if used != set(names):
-            raise FormatError(f"format {self.name!r}: value uses {sorted(used)}, planes are {sorted(names)}; they must agree")
+            raise FormatError(
+                f"format {self.name!r}: value uses {sorted(used)}, planes are {sorted(names)}; they must agree"
+            )
         calls = {f.func.__name__ for f in self.value.atoms(sympy.Function)}
         if unknown := calls - {c.name for c in self.codebooks}:
             raise FormatError(f"format {self.name!r}: value calls {sorted(unknown)}, which is not in codebooks=")

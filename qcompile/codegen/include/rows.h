@@ -1,9 +1,7 @@
 // Few rows of x: every weight is read once, decoded in registers and multiplied by all rows. Bound by memory.
 namespace {
 
-#ifndef QC_AHEAD
-#define QC_AHEAD 1024
-#endif
+constexpr int AHEAD = 8192;  // bytes of codes: hardware alone does not look far enough past a page and a tile
 
 // Independent sums for a row of x, so that the latency of an addition is hidden.
 constexpr int chains(int rows, int steps) {
@@ -16,7 +14,7 @@ QC_INLINE void add_span(const typename F::Planes& a, const int32_t* x, int64_t f
                         Vec<typename D::Lane> (&acc)[MR][CH]) {
   for (int64_t k = from; k < to; k += F::BLOCK, x += F::BLOCK / D::K * MR) {
     const typename F::Words w = F::words(a, k);
-    F::template prefetch<QC_AHEAD>(a, k);
+    F::template prefetch<AHEAD>(a, k);
     QC_UNROLL for (int i = 0; i < F::BLOCK; i += D::K) {
       const vi lanes = D::template weight<F>(w, i);
       QC_UNROLL for (int m = 0; m < MR; ++m) {

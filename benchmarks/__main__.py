@@ -1,0 +1,34 @@
+"""``python -m benchmarks QUESTION``: measures, prints a table, and writes benchmarks/results/QUESTION.json."""
+
+from __future__ import annotations
+
+import importlib
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .machine import save
+
+QUESTIONS = ("linear", "memory", "host")
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(question: str = typer.Argument(help=f"one of {', '.join(QUESTIONS)}, or all")) -> None:
+    """Runs one benchmark or all of them."""
+    if question != "all" and question not in QUESTIONS:
+        raise typer.BadParameter(f"{question!r}: use one of {', '.join(QUESTIONS)}, all")
+    for name in QUESTIONS if question == "all" else (question,):
+        rows = importlib.import_module(f"benchmarks.{name}").run()
+        table = Table(title=name)
+        for column in rows[0]:
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+        Console(width=160).print(table)
+        Console().print(f"written to {save(name, rows)}")
+
+
+app()

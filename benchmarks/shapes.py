@@ -1,0 +1,31 @@
+"""Real models' shapes with random weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+              "head_dim": 128, "max_position_embeddings": 8192}  # fmt: skip
+"""Per-layer sizes of Llama-3-8B (its published config.json)."""
+
+
+def llama_layers(layers: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """``layers`` decoder layers of Llama-3-8B's shape with random weights, made in ``dtype`` directly, without embeddings
+    of note (a vocabulary of 256)."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(num_hidden_layers=layers, vocab_size=256, attn_implementation="sdpa", **LLAMA_3_8B)
+    with torch.device("meta"):
+        model = LlamaModel(config).to(dtype)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.02)
+        for module in model.modules():  # buffers that to_empty left unset
+            if hasattr(module, "inv_freq"):
+                half = config.head_dim // 2
+                module.inv_freq = 1.0 / 10000 ** (torch.arange(half) / half)
+                module.original_inv_freq = module.inv_freq
+    return model.eval()
