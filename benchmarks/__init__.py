@@ -1,1 +1,1 @@
-"""Benchmarks, one file for each question: ``python -m benchmarks linear | memory | host | all``."""
+"""Benchmarks, one file for each question: ``python -m benchmarks linear | model | memory | all``."""

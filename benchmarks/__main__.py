@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .machine import save
 
-QUESTIONS = ("linear", "memory", "host")
+QUESTIONS = ("linear", "model", "memory")
 
 app = typer.Typer(add_completion=False)
 

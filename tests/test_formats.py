@@ -82,7 +82,10 @@ def test_layout_is_as_documented(dtype: str) -> None:
 
 @each_format
 @pytest.mark.parametrize("n,k", SHAPES)
-def test_decoded_weights_are_within_half_a_step(spec: FormatSpec, n: int, k: int) -> None:
+def test_min_max_decodes_to_within_half_a_step(
+    spec: FormatSpec, n: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "FITTED_BITS", 0)
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
     planes = reference.quantize(spec, weight)
     check_planes(spec, planes, n, k)
@@ -95,6 +98,28 @@ def test_decoded_weights_are_within_half_a_step(spec: FormatSpec, n: int, k: int
     # Half of the largest gap, and what rounding scale and offset to bfloat16 can move the ends by.
     slack = 2**-7 * weight.abs().max() if spec.scales[0].dtype == "bf16" else 1e-6
     assert ((decoded - weight).abs() <= scale * largest_gap / 2 + slack).all()
+
+
+@each_format
+@pytest.mark.parametrize("n,k", SHAPES)
+def test_no_group_is_worse_than_under_min_max(
+    spec: FormatSpec, n: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
+    padded, period = spec.padded(n, k)[1], spec.period or spec.padded(n, k)[1]
+
+    def errors() -> torch.Tensor:
+        planes = reference.quantize(spec, weight)
+        check_planes(spec, planes, n, k)
+        difference = reference.decode(spec, planes, n, k).double() - weight
+        return torch.nn.functional.pad(difference, (0, padded - k)).square().view(n, -1, period).sum(-1)
+
+    fitted = errors()
+    monkeypatch.setattr(reference, "FITTED_BITS", 0)
+    min_max = errors()
+    assert (fitted <= min_max * (1 + 1e-5) + 1e-12).all()
+    is_fitted = spec.codes[0].bits <= 4 and k >= 100
+    assert fitted.sum() < 0.97 * min_max.sum() if is_fitted else fitted.sum() <= min_max.sum()
 
 
 @each_format

@@ -1,18 +1,21 @@
 """GPTQ: round each weight so that the layer's outputs, not its weights, change least.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023. Columns are
-rounded in order; the error of each is made up for in the columns still to come, through the inverse of H = XᵀX.
+rounded one after another; the error of each is made up for in the columns still to come, through the inverse of H = XᵀX.
+Columns go by falling diagonal of H: where inputs are largest, rounding comes first and most columns are left to answer it.
+Scales are chosen before, so that this order may cross groups.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from ..errors import WeightError
-from ..formats import ROW, FormatSpec
-from ..formats.algebra import affine, gen_table
+from ..errors import FormatError, WeightError
+from ..formats import FormatSpec
 from ..formats.layout import pack_plane
-from ..formats.reference import nearest, nearest_code
+from ..formats.reference import fit, gen_values, nearest_code, scale_and_offset
 
 DAMPING = 0.01
 """Share of the mean diagonal of H that is added to it (the paper's value)."""
@@ -20,71 +23,129 @@ DAMPING = 0.01
 BLOCK = 128
 """Columns worked on before the rest of the matrix is brought up to date."""
 
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Shares of a group's range that are tried for its scale."""
+
+CHUNK_ELEMENTS = 1 << 25
+"""Weights worked on at a time: 128 MiB in float32, of which three copies are alive."""
+
+
+def why_not(spec: FormatSpec) -> str | None:
+    """Why GPTQ cannot serve a format; None if it can. It serves those that round-to-nearest serves, but for one with a
+    quantizer of its own, whose scales are not known to be good for other codes than its own."""
+    if spec.quantizer is not None:
+        return f"format {spec.name} has its own quantizer"
+    try:
+        scale_and_offset(spec)
+    except FormatError as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What the inputs of a layer say about its weights: made once, used for every weight that takes these inputs.
+
+    ``order`` int64 ``[cols]``: columns in the order of rounding. ``upper`` float32 ``[cols, cols]``: upper Cholesky factor
+    of the inverse of the damped H in that order. ``importance`` float32 ``[cols]``: the damped diagonal of H.
+    """
+
+    order: torch.Tensor
+    upper: torch.Tensor
+    importance: torch.Tensor
+
+    @staticmethod
+    def of(hessian: torch.Tensor, cols: int, layer: str = "weight") -> Curvature:
+        """From H ``[K, K]``, the sum of x xᵀ over inputs, padded to ``cols`` columns.
+
+        Inputs that were always zero get the mean diagonal, so that their weights are rounded to nearest. Raises
+        :class:`~qcompile.errors.WeightError` when H has NaN or infinite values.
+        """
+        if not torch.isfinite(hessian).all():
+            raise WeightError(f"{layer}: the inputs seen at calibration have NaN or infinite values; call the compiled model "
+                              "first with finite inputs, or compile with rounding='nearest'")  # fmt: skip
+        full = torch.zeros(cols, cols, dtype=torch.float64, device=hessian.device)
+        full[: len(hessian), : len(hessian)] = hessian
+        diagonal = full.diagonal()
+        mean = diagonal[: len(hessian)].mean().clamp_min(1e-12)
+        unseen = diagonal <= 0
+        diagonal.add_(DAMPING * mean)
+        diagonal[unseen] = mean
+        importance = diagonal.to(torch.float32)
+        importance[len(hessian) :] = 0.0
+        order = importance.argsort(descending=True, stable=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(full[order[:, None], order]))
+        return Curvature(order, torch.linalg.cholesky(inverse, upper=True).to(torch.float32), importance)
+
 
 def quantize(
-    spec: FormatSpec, weight: torch.Tensor, hessian: torch.Tensor, layer: str = "weight"
+    spec: FormatSpec, weight: torch.Tensor, hessian: torch.Tensor | Curvature, layer: str = "weight"
 ) -> list[torch.Tensor]:
     """Stored planes, in spec order, of a float ``[N, K]`` weight under ``hessian`` ``[K, K]``, the sum of x xᵀ over inputs.
 
-    Scales and offsets of a group come from the weights as earlier columns' errors have left them. Formats of one code
-    plane, one scale and at most one offset (those that round-to-nearest serves). Raises
-    :class:`~qcompile.errors.WeightError`, naming ``layer``, when weight or Hessian have NaN or infinite values.
+    Scales and offsets of a group minimize its squared error weighted by the diagonal of H. Rows are worked on in chunks.
+    Raises :class:`~qcompile.errors.FormatError` for formats of several code or scale planes or with their own quantizer
+    (see :func:`why_not`), :class:`~qcompile.errors.WeightError`, naming ``layer``, when weight or Hessian have NaN or
+    infinite values.
     """
+    if (reason := why_not(spec)) is not None:
+        raise FormatError(f"{layer}: no rounding by GPTQ, {reason}; compile with rounding='nearest'")
     n, k = weight.shape
-    if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
-        raise WeightError(f"{layer}: the weight or the inputs seen at calibration have NaN or infinite values")
     cols = spec.padded(n, k)[1]
-    work = torch.zeros(n, cols, dtype=torch.float32, device=weight.device)
-    work[:, :k] = weight
-    upper = _inverse_factor(hessian, cols)
-    group = spec.period or cols
-    codes = torch.empty(n, cols, dtype=torch.uint8, device=weight.device)
-    scales: dict[str, list[torch.Tensor]] = {p.name: [] for p in spec.scales}
-    for start in range(0, cols, BLOCK):
-        _round_block(spec, work, codes, scales, upper, start, min(start + BLOCK, cols), group, k)
-    plane = spec.codes[0]
-    entries = {name: torch.cat(parts, 1) for name, parts in scales.items()}
-    entries[plane.name] = codes.view(torch.int8) if plane.dtype == "i8" else codes
+    curvature = hessian if isinstance(hessian, Curvature) else Curvature.of(hessian, cols, layer)
+    step = max(16, CHUNK_ELEMENTS // cols // 16 * 16)
+    parts: list[dict[str, torch.Tensor]] = []
+    for start in range(0, n, step):
+        chunk = weight[start : start + step].to(torch.float32)
+        if not torch.isfinite(chunk).all():
+            raise WeightError(f"{layer}: the weight has NaN or infinite values; repair the checkpoint, or leave this layer "
+                              "in float by a policy rule")  # fmt: skip
+        parts.append(_round_rows(spec, chunk, curvature, cols))
+    entries = {p.name: torch.cat([part[p.name] for part in parts]) for p in spec.planes}
     return [pack_plane(p, entries[p.name], spec.plane_shape(p, n, k)) for p in spec.planes]
 
 
-def _inverse_factor(hessian: torch.Tensor, cols: int) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian, padded to ``cols``; inputs never seen get the mean
-    diagonal, so that their weights are rounded to nearest."""
-    full = torch.zeros(cols, cols, dtype=torch.float64, device=hessian.device)
-    full[: len(hessian), : len(hessian)] = hessian
-    diagonal = full.diagonal()
-    mean = diagonal.mean().clamp_min(1e-12)
-    diagonal.add_(DAMPING * mean)
-    diagonal[diagonal <= DAMPING * mean] = mean
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(full))
-    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+def _round_rows(spec: FormatSpec, weight: torch.Tensor, curvature: Curvature, cols: int) -> dict[str, torch.Tensor]:
+    """Plane entries of float32 rows ``[N, K]``: codes ``[N, cols]``, scales ``[N, groups]``."""
+    n, k = weight.shape
+    group = spec.period or cols
+    # A padded tail repeats the last weight, as in round-to-nearest; its importance is 0.
+    padded = torch.cat([weight, weight[:, -1:].expand(n, cols - k)], 1) if cols != k else weight
+    entries = fit(spec, padded.reshape(n, -1, group), curvature.importance.view(-1, group), SHRINKS)
+    scale_plane, offset_plane = scale_and_offset(spec)
+    # One column of the weight is one contiguous row here.
+    scale = entries[scale_plane.name].squeeze(-1).t().contiguous()
+    offset = entries[offset_plane.name].squeeze(-1).t().contiguous() if offset_plane else torch.zeros_like(scale)
+    work = padded.t()[curvature.order].contiguous()
+    codes = _round_columns(spec, work, scale, offset, curvature, group)
+    sorted_back = torch.empty_like(codes)
+    sorted_back[curvature.order] = codes
+    sorted_back[k:] = 0
+    plane = spec.codes[0]
+    result = {name: entry.squeeze(-1) for name, entry in entries.items()}
+    return result | {plane.name: sorted_back.t().contiguous().view(torch.int8 if plane.dtype == "i8" else torch.uint8)}
 
 
-def _round_block(
-    spec: FormatSpec, work: torch.Tensor, codes: torch.Tensor, scales: dict[str, list[torch.Tensor]],
-    upper: torch.Tensor, start: int, stop: int, group: int, k: int,
-) -> None:  # fmt: skip
-    """Rounds columns ``start`` to ``stop`` and moves their errors into the columns after ``stop``."""
-    form, table = affine(spec), gen_table(spec).to(torch.float32).to(work.device)
-    errors = torch.empty(len(work), stop - start, dtype=torch.float32, device=work.device)
-    scale = offset = torch.zeros(())
-    for at in range(start, stop):
-        if at % group == 0:
-            last = min(at + group, k)
-            entries = nearest(spec, work[:, None, at : max(last, at + 1)])
-            for plane in spec.scales:
-                scales[plane.name].append(entries[plane.name].reshape(len(work), 1))
-        scale = scales[str(form.coeff)][-1]
-        offset = scales[str(form.offset)][-1] if form.offset != 0 else offset
-        column = work[:, at : at + 1]
-        code = nearest_code(spec, (column - offset) / scale).view(torch.uint8)
-        codes[:, at : at + 1] = code
-        rounded = scale * table[code.long()] + offset
-        error = (column - rounded) / upper[at, at]
-        errors[:, at - start : at - start + 1] = error
-        work[:, at + 1 : stop] -= error @ upper[at : at + 1, at + 1 : stop]
-    work[:, stop:] -= errors @ upper[start:stop, stop:]
+def _round_columns(
+    spec: FormatSpec, work: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, curvature: Curvature, group: int
+) -> torch.Tensor:
+    """Codes, uint8 ``[cols, N]``, of ``work`` ``[cols, N]`` (overwritten), both in the order of rounding.
 
-
-assert ROW == 0
+    ``scale`` and ``offset`` are ``[groups, N]``, groups in the order of the weight.
+    """
+    upper, cols = curvature.upper, len(work)
+    groups = (curvature.order // group).tolist()
+    diagonal = upper.diagonal().tolist()
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    for start in range(0, cols, BLOCK):
+        stop = min(start + BLOCK, cols)
+        errors = torch.empty_like(work[start:stop])
+        for at in range(start, stop):
+            column, s, o = work[at], scale[groups[at]], offset[groups[at]]
+            code = nearest_code(spec, column.sub(o).div_(s))
+            codes[at] = code.view(torch.uint8)
+            rounded = gen_values(spec, code).mul_(s).add_(o)
+            error = torch.sub(column, rounded, out=errors[at - start]).div_(diagonal[at])
+            work[at + 1 : stop].addr_(upper[at, at + 1 : stop], error, alpha=-1)
+        work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    return codes
