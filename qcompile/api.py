@@ -10,11 +10,13 @@ from torch import nn
 
 from .dynamo_errors import as_themselves
 from .options import Options
-from .owners import unwrapped
+from .owners import Owners, unwrapped
 from .passes.convert import Conversion
 from .passes.pipeline import Compilation
+from .plan import Decision, Record, Site
 from .recorder import Recorder, recorder_of
 from .report import Report
+from .tensor import QuantizedTensor
 
 
 def explain(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> Report:
@@ -27,13 +29,13 @@ def explain(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> 
     with torch.no_grad():
         if policy is None:
             model(*args, **kwargs)
-            done = recorder_of(unwrapped(model)).plan
-            if len(done):
-                return Report(done)
+            recorder = recorder_of(_root(model))
+            if len(recorder.plan):
+                return Report(recorder.plan.merge(_unseen(model, recorder)))
         recorder = Recorder()
         for conversion in _traced(model, policy, recorder, args, kwargs):
             conversion.measure()
-        return Report(recorder.plan)
+        return Report(recorder.plan.merge(_unseen(model, recorder)))
 
 
 def quantize_(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> Report:
@@ -42,10 +44,30 @@ def quantize_(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -
     The model then runs packed in eager mode, and can be exported, or compiled by any backend.
     """
     with torch.no_grad():
-        recorder = recorder_of(unwrapped(model))
+        recorder = recorder_of(_root(model))
         for conversion in _traced(model, policy, recorder, args, kwargs):
             conversion.run()
-        return Report(recorder.plan)
+        return Report(recorder.plan.merge(_unseen(model, recorder)))
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The outermost module that holds ``model``: records are kept for it, because names start there."""
+    return Owners().path(unwrapped(model))[0]
+
+
+def _unseen(model: nn.Module, recorder: Recorder) -> list[Record]:
+    """Records of the weights that no graph held: Dynamo ran their part of the model eagerly, or the inputs did not reach it."""
+    reason = "no graph used the weight: Dynamo ran this part of the model eagerly, or these inputs do not reach it"
+    owners, seen = Owners(), {site.parameter for site in recorder.sites()}
+    records = []
+    for parameter in unwrapped(model).parameters():
+        name = owners.name(parameter)
+        if parameter.dim() < 2 or name is None or name in seen or isinstance(parameter, QuantizedTensor):
+            continue
+        site = Site(name.removesuffix(".weight"), "other", weight=name, shape=tuple(parameter.shape), dtype=parameter.dtype,
+                    unsupported=reason, parameter=name)  # fmt: skip
+        records.append(Record.of(Decision(site, None, "none", reason)))
+    return records
 
 
 def _traced(

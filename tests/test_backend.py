@@ -378,6 +378,16 @@ def test_explain_before_and_after() -> None:
     assert "layers.0.up" in str(done) and "layers.0.up" in done.to_json()
 
 
+def test_explain_names_weights_that_no_graph_held_and_finds_models_inside_others() -> None:
+    model, x = stack(0, breaks=True), torch.randn(4, 64)
+    holder = nn.ModuleDict({"inner": model})
+    compiled = torch.compile(model, backend="qcompile", options={"policy": "int4"})
+    report = qcompile.explain(compiled, x)
+    left = {r.decision.site.name: r.decision.reason for r in report.plan if r.decision.scheme is None}
+    assert "no graph used the weight" in (left["inner.head"] or "")
+    assert "inner.layers.0.up" in str(report) and holder["inner"] is model
+
+
 def test_quantize_ahead_of_time() -> None:
     model, x = stack(0), torch.randn(4, 64)
     report = qcompile.quantize_(model, x, policy="int8")
@@ -396,3 +406,26 @@ def test_guards_on_planes_are_dropped_and_types_still_guarded() -> None:
         block.up.weight = qcompile.tensor.as_parameter(  # another class of the same shape must not run int4's code
             qcompile.tensor.quantize(block.up.weight.dequantize(), qcompile.Scheme(qcompile.formats.get("int8"))))  # fmt: skip
     assert_right(model, compiled, x)
+
+
+def test_inductor_calls_the_kernel_fuses_neighbours_and_copies_nothing() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).eval()
+    compiled = torch.compile(model, backend="qcompile", options={"policy": "int4"})
+    _, (code,) = run_and_get_code(compiled, torch.randn(3, 5, 64))
+    call = code[code.index("def call(") : code.index("def get_args")]
+    assert call.count("torch.ops.qcompile.linear.default(") == 2
+    assert "clone" not in call and "copy_" not in call and "qcompile.decode" not in call
+    assert call.count("cpp_fused") == 2  # the norm, and GELU in place
+
+
+def test_compilation_caches_are_not_bypassed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for expected in ("miss", "hit"):
+        torch._dynamo.reset()
+        counters.clear()
+        model, x = stack(0), torch.randn(4, 64)
+        assert_right(model, torch.compile(model, backend="qcompile", options={"policy": "int4"}), x)
+        assert counters["aot_autograd"][f"autograd_cache_{expected}"] == 1
+        assert counters["aot_autograd"]["autograd_cache_bypass"] == 0 == counters["inductor"]["fxgraph_cache_bypass"]

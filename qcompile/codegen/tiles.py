@@ -1,7 +1,7 @@
 """Which kernel runs for how many rows, in which tiles, on which GPU: data, and the limits it must keep.
 
-Nothing here has been tuned on a device yet: the tables hold what compiles without spills and keeps enough bytes in
-flight (see ``tests/test_triton.py``), and the choice between fused product and decode + vendor GEMM is one row each.
+Nothing here has been tuned on a device yet. The tables hold what compiles without spills for every registered format
+(``tests/test_triton.py`` checks it for sm_80, 89, 90, 100) and what arithmetic on instruction counts suggests.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
+
+from ..formats.spec import ROW
 
 V = TypeVar("V")
 
@@ -19,15 +21,15 @@ SHARED_BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448,
 MULTIPROCESSORS = {80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 160, 110: 20, 120: 170, 121: 48}
 """Multiprocessors of the usual device of a compute capability; only decides how far K is split."""
 
-REGISTERS_PER_SM = 65_536
-REGISTERS_PER_THREAD = 255
+REGISTERS_PER_BLOCK = 65_536
 
 
 @dataclass(frozen=True)
 class Tile:
     """``kernel`` is gemv, dot, dot8 or decode (decode to a matrix, then the vendor's GEMM).
 
-    ``tiles`` tiles of 16 weight rows and ``rows`` rows of x per block; ``step`` weights along K per step (gemv, decode).
+    ``tiles`` tiles of 16 weight rows and ``rows`` rows of x per block; ``step`` weights along K per step (gemv, decode);
+    ``registers`` a limit per thread for the assembler (0: its own choice).
     """
 
     kernel: str
@@ -36,29 +38,36 @@ class Tile:
     warps: int
     stages: int
     step: int = 0
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps
+    registers: int = 0
 
 
 DECODE_FROM = {80: 256, 89: 256, 90: 256, 100: 256}
 """Rows from which a weight is decoded once and multiplied by the vendor's GEMM, by compute capability."""
 
-GEMV_BITS = {80: 4.0, 89: 4.0, 90: 8.0, 100: 8.0}
-"""One row goes to the kernel without a matrix product for formats of at least this many bits of codes a weight.
+DECODE_FROM_FLOAT32 = 65
+"""The same for float32 activations: they go through the fused product as two 16-bit terms, 16 rows at a time."""
 
-It needs about 4 instructions a weight against 2.5 with a matrix product; an H200 moves a 4-bit weight in 3.4
-instruction slots (4.3 TB/s, 132 multiprocessors), an A100 in 4.9.
+GEMV_BITS = {80: 4.0, 89: 4.0, 90: 8.0, 100: 8.0}
+"""One row goes to the kernel without a matrix product for formats with at least this many bits of codes a weight.
+
+It takes about 4.5 instructions a weight, the matrix product 2.5 to 3.2. An H200 moves a 4-bit weight in 3.4 instruction
+slots (4.3 TB/s, 132 multiprocessors at 1.75 GHz), an A100 in 4.9, and an 8-bit weight in twice that.
 """
 
-ROWS = {
-    "dot": ((16, Tile("dot", 8, 16, 4, 4)), (32, Tile("dot", 8, 32, 4, 4)), (64, Tile("dot", 8, 64, 8, 4)),
-            (2**31, Tile("dot", 8, 128, 8, 3))),
-    "dot8": ((16, Tile("dot8", 8, 16, 4, 4)), (32, Tile("dot8", 8, 32, 4, 4)), (64, Tile("dot8", 8, 64, 8, 4)),
-             (2**31, Tile("dot8", 8, 128, 8, 3))),
-}  # fmt: skip
-"""Tiles by the largest number of rows that they serve."""
+ROWS: tuple[tuple[int, Tile], ...] = (
+    (16, Tile("", 8, 16, 4, 4)),
+    (32, Tile("", 8, 32, 4, 4)),
+    (2**31, Tile("", 8, 64, 8, 3)),
+)
+"""Tiles of the matrix products by the largest number of rows that they serve."""
+
+MANY_ROWS = Tile("", 8, 128, 8, 3)
+"""Above 64 rows, where accumulators leave room for it (see :func:`product_tile`): half the decoding for each row."""
+
+FLOAT32_ROWS = Tile("dot", 8, 16, 4, 4)
+
+CAPPED_REGISTERS = {(100, 32): 128}
+"""(Compute capability, period) where ptxas saves registers for occupancy until it spills, and a limit that stops it."""
 
 
 def at_arch(table: Mapping[int, V], arch: int) -> V:
@@ -66,8 +75,15 @@ def at_arch(table: Mapping[int, V], arch: int) -> V:
     return table[max((a for a in table if a <= arch), default=min(table))]
 
 
-def product_tile(kernel: str, rows: int) -> Tile:
-    return next(tile for most, tile in ROWS[kernel] if rows <= most)
+def product_tile(kernel: str, rows: int, arch: int, period: int) -> Tile:
+    """The tile of ``kernel`` dot or dot8. A product that is scaled per period needs a second set of accumulators."""
+    roomy = period == ROW if kernel == "dot8" or arch != 90 else period == ROW or period >= 64
+    if rows > 64 and roomy and (kernel == "dot8" or arch >= 90):
+        tile = MANY_ROWS
+    else:
+        tile = next(tile for most, tile in ROWS if rows <= most)
+    registers = CAPPED_REGISTERS.get((arch // 10 * 10, period), 0)
+    return Tile(kernel, tile.tiles, tile.rows, tile.warps, tile.stages, registers=registers)
 
 
 def sum_load(arch: int) -> bool:

@@ -83,21 +83,22 @@ class TritonKernels:
         """
         if dtype not in TYPES:
             raise KernelBuildError(f"no Triton kernel for activations of {dtype}; use float16, bfloat16 or float32")
-        if self.scheme.activations == "int8" or (self.scheme.activations == "fp8" and target.computes_fp8):
-            return Variant(tiles.product_tile("dot8", rows), "int8", "int8")
-        if self.scheme.activations == "fp8":
-            return Variant(tiles.product_tile("dot", rows), "float16", "float16")
-        group, period = self.printer.group, self.scheme.format.period
         arch, exact, wide = int(target.arch), self.printer.exact16, dtype == torch.float32
+        group, period = self.printer.group, self.scheme.format.period
+        if self.scheme.activations == "int8" or (self.scheme.activations == "fp8" and target.computes_fp8):
+            return Variant(tiles.product_tile("dot8", rows, arch, period), "int8", "int8")
+        if self.scheme.activations == "fp8":
+            return Variant(tiles.product_tile("dot", rows, arch, period), "float16", "float16")
         bits = sum(p.bits for p in self.scheme.format.codes)
         if rows == 1 and (wide or bits >= tiles.at_arch(tiles.GEMV_BITS, arch)):
             return Variant(tiles.gemv_tile(group, period, kp), self.printer.wide, "float32")
-        if rows >= tiles.at_arch(tiles.DECODE_FROM, arch) or (wide and not exact):
+        limit = tiles.DECODE_FROM_FLOAT32 if wide else tiles.at_arch(tiles.DECODE_FROM, arch)
+        if rows >= limit or (wide and not exact):
             return Variant(tiles.decode_tile(group, period), self.printer.wide, TYPES[dtype])
         if wide:
             # bfloat16 holds every gen exactly and has float32's range: x is the sum of two such terms, to 2^-17.
-            return Variant(tiles.product_tile("dot", rows), "bfloat16", "bfloat16", terms=2)
-        return Variant(tiles.product_tile("dot", rows), TYPES[dtype] if exact else "float32", TYPES[dtype])
+            return Variant(tiles.FLOAT32_ROWS, "bfloat16", "bfloat16", terms=2)
+        return Variant(tiles.product_tile("dot", rows, arch, period), TYPES[dtype] if exact else "float32", TYPES[dtype])
 
     def linear(
         self, x: torch.Tensor, planes: list[torch.Tensor], bias: torch.Tensor | None, n: int, variant: Variant | None = None

@@ -35,7 +35,8 @@ def decode_weight(kernels: TritonKernels, planes: list[torch.Tensor], out: torch
 
 def options(tile: tiles.Tile) -> dict[str, Any]:
     """Compiler options. Fused multiply-adds are asked for by name: Triton's default changes in 3.10."""
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    chosen: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return {**chosen, "maxnreg": tile.registers} if tile.registers else chosen
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,13 @@ constexpr int64_t depth() {
   return whole > STEPS * D::K ? whole : STEPS * D::K / whole * whole;
 }
 
+// Whether a panel of bf16 holds rounded values: codes that are not exact, or scales that change too often.
+template <class F>
+constexpr bool rounds() { return !F::BF16_EXACT || (F::SPAN && F::SPAN < EXACT_SPAN); }
+
 // Scales are multiplied into the panel when it holds floats or rounds anyway; else once per span, in float32.
 template <class F, class D>
-constexpr bool scaled() { return F::SPAN && !D::INTEGER && (D::K == 1 || !F::BF16_EXACT || F::SPAN < EXACT_SPAN); }
-
+constexpr bool scaled() { return F::SPAN && !D::INTEGER && (D::K == 1 || rounds<F>()); }
 template <class F, class D>
 constexpr bool by_span() { return F::SPAN && !scaled<F, D>(); }
 
