@@ -14,7 +14,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestar
 from qcompile.errors import QCompileError
 from qcompile.formats import Scheme, reference
 from qcompile.owners import Slot
-from qcompile.tensor import QuantizedTensor, as_parameter, quantize
+from qcompile.tensor import QuantizedTensor, as_parameter, quantize, tensor_class
 
 ORIGINALS = "_qcompile_originals"
 """Attribute of a module that keeps its float parameters by name under ``weights="keep"``."""
@@ -24,6 +24,7 @@ ORIGINALS = "_qcompile_originals"
 class Conversion:
     """One parameter to pack: every slot that holds it, the scheme, and who hears of the result.
 
+    ``planes`` are those of the packed weight where a calibration has rounded it (None: round to nearest).
     ``done(packed, bytes before, SQNR in dB)`` is called once it is stored.
     """
 
@@ -33,6 +34,7 @@ class Conversion:
     transposed: bool
     keep: bool
     done: Callable[[QuantizedTensor, int, float], None]
+    planes: tuple[torch.Tensor, ...] | None = None
 
     def run(self) -> None:
         """Packs and stores; the float original goes when its last holder lets go. Raises ``WeightError`` naming the layer."""
@@ -53,7 +55,10 @@ class Conversion:
 
     @torch.no_grad()
     def _pack(self, original: nn.Parameter) -> QuantizedTensor:
-        packed = quantize(original, self.scheme, transposed=self.transposed, layer=self.layer)
+        if self.planes is not None:
+            packed = tensor_class(self.scheme, self.transposed)(self.planes, original.shape, original.dtype)
+        else:
+            packed = quantize(original, self.scheme, transposed=self.transposed, layer=self.layer)
         matrix = original.detach().t() if self.transposed else original.detach()
         self.done(packed, original.nbytes, reference.sqnr(self.scheme.format, packed.planes, matrix))
         return packed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from qcompile.policy import check_rules
 from qcompile.recorder import Recorder, recorder_of
 from qcompile.tensor import QuantizedTensor
 
+from .calibrate import GPTQ, UNSEEN, Weight, rounded
 from .convert import Conversion
 from .discover import discover
 from .siblings import siblings
@@ -42,7 +43,8 @@ class Compilation:
         options: Options,
         recorder: Recorder | None = None,
     ) -> None:
-        self.options = options
+        self.gm, self.example_inputs, self.options = gm, example_inputs, options
+        self.rounding: dict[str, str] | None = {} if options.rounding == "gptq" else None
         self.owners = Owners()
         names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
         self.values = dict(zip(names, example_inputs, strict=True))
@@ -63,10 +65,14 @@ class Compilation:
         self.recorder.add(*(self._record_packed(s) for s in self.sites if self._is_packed(s)))
         found: dict[int, Conversion] = {}
         self._decide(loose, found)
+        if self.options.rounding == "gptq":
+            found |= self._calibrated(found)
         if self.root is not None:
             owned = [self.owners.slots[id(v)][0] for v in self.parameters]
             for sibling in siblings(self.owners, self.root, owned):
                 self._decide([sibling.rename(s) for s in loose], found)
+        if self.options.rounding == "gptq":
+            _warn_of_nearest([c.layer for c in found.values() if c.planes is None])
         if self.options.strict:
             self.recorder.plan.require_all()
         return list(found.values())
@@ -81,12 +87,25 @@ class Compilation:
             if decision.scheme is None or parameter is None:
                 self.recorder.add(Record.of(decision))
                 continue
-            done = _recording(self.recorder, decision)
+            done = _recording(self.recorder, decision, self.rounding)
             if (earlier := found.get(id(parameter))) is not None:
                 found[id(parameter)] = dataclasses.replace(earlier, done=_each(earlier.done, done))
             else:
                 found[id(parameter)] = Conversion(decision.site.name, slots, decision.scheme, decision.site.transposed,
                                                   self.options.weights == "keep", done)  # fmt: skip
+
+    def _calibrated(self, found: dict[int, Conversion]) -> dict[int, Conversion]:
+        """The conversions of this graph's weights, with planes that GPTQ found on the inputs of the call."""
+        assert self.rounding is not None
+        weights = {name: Weight(found[id(v)].layer, found[id(v)].scheme.format)
+                   for name, v in self.values.items() if id(v) in found}  # fmt: skip
+        made: dict[int, Conversion] = {}
+        for name, result in rounded(self.gm, self.example_inputs, weights).items():
+            parameter = self.values[name]
+            self.rounding[self.owners.name(parameter) or ""] = result if isinstance(result, str) else GPTQ
+            if not isinstance(result, str):
+                made[id(parameter)] = dataclasses.replace(found[id(parameter)], planes=result)
+        return made
 
     def _restricted(self, site: Site) -> Site:
         """``site`` with the reason, if there is one, why its weight cannot be exchanged."""
@@ -138,6 +157,14 @@ def _warn_of_grad(sites: list[Site]) -> None:
         warnings.warn(f"qcompile left {len(left)} linear layers in floating point ({left[0]}, …): {GRAD}", stacklevel=2)
 
 
+def _warn_of_nearest(left: list[str]) -> None:
+    """Layers that the call did not reach must not look as if they were fitted to its inputs."""
+    if left:
+        warnings.warn(f"rounding='gptq': qcompile rounded {len(left)} weights to nearest ({left[0]}, …). qcompile.explain tells "
+                      "why of each; layers that are compiled one by one are seen only if the whole model is compiled",
+                      stacklevel=2)  # fmt: skip
+
+
 def packed_record(decision: Decision, packed: QuantizedTensor, before: int, decibels: float | None) -> Record:
     """The record of a weight that was packed: what runs, bytes ``before`` and after, SQNR in dB."""
     return Record(decision, kernel_name(packed.scheme, packed.device), before, packed.packed_nbytes, decibels)
@@ -149,11 +176,19 @@ def kernel_name(scheme: Scheme, device: torch.device) -> str:
     return f"{language} {scheme.label}"
 
 
-def _recording(recorder: Recorder, decision: Decision) -> Done:
-    """Must not hold the compilation: it holds the float weights, which are to go one by one."""
+def _recording(recorder: Recorder, decision: Decision, rounding: Mapping[str, str] | None) -> Done:
+    """Must not hold the compilation: it holds the float weights, which are to go one by one.
+
+    ``rounding`` tells, by parameter, what a calibration rounded it by, or why it did not; None without calibration.
+    """
 
     def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
-        recorder.add(packed_record(decision, packed, before, decibels))
+        said = decision
+        if rounding is not None:
+            how = rounding.get(decision.site.parameter or "", UNSEEN)
+            note = GPTQ if how == GPTQ else f"rounded to nearest: {how}"
+            said = dataclasses.replace(decision, rule=f"{decision.rule}; {note}")
+        recorder.add(packed_record(said, packed, before, decibels))
 
     return done
 

@@ -20,6 +20,10 @@ class Options:
         Raise ``StrictError`` when a site that the policy meant cannot be quantized.
     weights
         ``"free"``: a float weight is released once it is packed. ``"keep"``: kept, for :func:`qcompile.restore_`.
+    rounding
+        ``"nearest"``: each weight to the nearest value of its format. ``"gptq"``: so that layers' outputs change least on
+        the inputs of the first call, which should therefore be a few thousand tokens like those to come, with little
+        padding. Layers that are compiled one by one get it for the first of them alone; compile the whole model.
     mode
         A mode of ``torch.compile``: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs.
     inductor
@@ -29,6 +33,7 @@ class Options:
     policy: Policy
     strict: bool = False
     weights: str = "free"
+    rounding: str = "nearest"
     mode: str = "default"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,6 +57,8 @@ class Options:
             raise OptionError(f"option 'strict' must be True or False, found {self.strict!r}")
         if self.weights not in ("free", "keep"):
             raise OptionError(f"option 'weights' must be 'free' or 'keep', found {self.weights!r}")
+        if self.rounding not in ("nearest", "gptq"):
+            raise OptionError(f"option 'rounding' must be 'nearest' or 'gptq', found {self.rounding!r}")
         if self.mode not in MODES:
             raise OptionError(f"option 'mode': {nearest(str(self.mode), MODES)} Found {self.mode!r}")
         if not isinstance(self.inductor, Mapping):

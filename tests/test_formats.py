@@ -140,6 +140,7 @@ def test_decoding_is_the_value_for_every_code(spec: FormatSpec) -> None:
 def test_fp8_rounds_as_torch_does(name: str, dtype: torch.dtype) -> None:
     spec = formats.get(name)
     finite = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    torch.testing.assert_close(torch.tensor(spec.codebooks[0].values), finite, rtol=0, atol=0, equal_nan=True)
     finite = finite[torch.isfinite(finite)].sort().values
     halfway = (finite[1:] + finite[:-1]) / 2
     wanted = torch.cat([finite, halfway])

@@ -18,6 +18,7 @@ import torch
 from ..errors import LayoutError
 from ..formats.layout import check_planes
 from ..formats.scheme import Scheme
+from ..formats.spec import ROW
 from .cpp_build import load_library
 from .cpp_format import SCALE_TYPES, format_struct
 
@@ -74,7 +75,7 @@ class CpuKernels:
     def __init__(self, scheme: Scheme, isa: str = "native") -> None:
         self.scheme = scheme
         self.source = source(scheme)
-        library = load_library(self.source, isa)
+        library, self.path = load_library(self.source, isa)
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         planes = [pointer] * len(scheme.format.planes)
         self._linear = library.qc_linear
@@ -160,7 +161,7 @@ class CpuKernels:
         spec = self.scheme.format
         check_planes(spec, planes, n, k)
         padded = spec.padded(n, k)[1]
-        if self.scheme.activations == "int8" and spec.period == 0 and padded > LONGEST_INT_ROW:
+        if self.scheme.activations == "int8" and spec.period == ROW and padded > LONGEST_INT_ROW:
             raise LayoutError(f"{self.scheme.label}: K = {k} overflows int32 sums of one scale per row (limit {LONGEST_INT_ROW}); "
                               "use a format with groups")  # fmt: skip
         return padded, [math.prod(spec.plane_shape(p, n, k)) * p.storage_dtype.itemsize for p in spec.planes]

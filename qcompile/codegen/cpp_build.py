@@ -56,8 +56,8 @@ def _identity(cxx: str, flags: tuple[str, ...]) -> str:
     return _run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull], Path(os.devnull))
 
 
-def load_library(source: str, isa: str = "native") -> ctypes.CDLL:
-    """The library of ``source``, built for ``isa`` (a key of :data:`ISA_FLAGS`) unless the cache has it.
+def load_library(source: str, isa: str = "native") -> tuple[ctypes.CDLL, Path]:
+    """The library of ``source`` and its file, built for ``isa`` (a key of :data:`ISA_FLAGS`) unless the cache has it.
 
     Safe against other processes building the same. Raises :class:`KernelBuildError` with the command, the source file
     and the compiler's words.
@@ -77,7 +77,7 @@ def load_library(source: str, isa: str = "native") -> ctypes.CDLL:
         except OSError as error:
             raise KernelBuildError(f"cannot write compiled kernels to {folder}: {error}; set QCOMPILE_CACHE_DIR to a folder "
                                    "that can be written") from error  # fmt: skip
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(library)), library
 
 
 def _intact(library: Path) -> bool:

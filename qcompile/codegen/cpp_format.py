@@ -35,7 +35,8 @@ class _Struct:
     def __post_init__(self) -> None:
         self.spec: FormatSpec = self.scheme.format
         self.form: Affine = _with_folded_factor(self.spec)
-        period = self.spec.period
+        # Scales of periods that do not nest change at the multiples of either, so the span is their common divisor.
+        period = math.gcd(*(p.per for p in self.spec.scales if p.per != ROW))
         self.span = period if period <= LONGEST_SPAN else math.gcd(period, LONGEST_SPAN)
         if self.span % 4:
             raise FormatError(f"format {self.spec.name!r}: scales last for {period} weights; C++ kernels need a multiple of 4")

@@ -1,0 +1,345 @@
+"""Generated CPU kernels against the reference: products, decoding, activations, instruction sets, building."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import which
+
+import pytest
+import torch
+
+from qcompile.codegen import cpp_build
+from qcompile.codegen.cpp import CpuKernels, cpu_kernels
+from qcompile.errors import FormatError, KernelBuildError, LayoutError
+from qcompile.formats import REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, symbols
+from qcompile.formats.layout import pack_plane
+from qcompile.formats.reference import decode, quantize
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+ROWS = (0, 1, 3, 16, 65, 300)
+SHAPES = ((37, 100), (64, 384))
+q, scale, zero, d, sc, ql, qh = symbols("q scale zero d sc ql qh")
+NF4 = Codebook("NF4", tuple(torch.linspace(-1, 1, 16).pow(3).tolist()))
+BOOK = Codebook("BOOK", tuple(torch.linspace(-3, 5, 256).sin().tolist()))
+PRIVATE = (
+    FormatSpec("six_bits", (Plane("d", "f16", 256), Plane("sc", "f32", 16), Plane("ql", "u4"), Plane("qh", "u2")),
+               d * sc * (ql + 16 * qh - 32)),
+    FormatSpec("five_bits", (Plane("scale", "bf16", 32), Plane("zero", "f16", 32), Plane("ql", "u4"), Plane("qh", "u1")),
+               scale * (ql + 16 * qh) + zero),
+    FormatSpec("normal_float", (Plane("scale", "f32", 64), Plane("q", "u4")), scale * NF4(q), (NF4,)),
+    FormatSpec("ternary", (Plane("scale", "f32", ROW), Plane("q", "u2")), scale * (q - 1)),
+    FormatSpec("odd_steps", (Plane("scale", "f32", 1024), Plane("zero", "f32", 24), Plane("q", "u4")), scale * (3 * q - 8) + zero),
+    FormatSpec("table", (Plane("scale", "f32", ROW), Plane("zero", "f32", ROW), Plane("q", "u8")),
+               scale * BOOK(q) + zero, (BOOK,)),
+)  # fmt: skip
+
+
+def legal(spec: FormatSpec) -> list[Scheme]:
+    schemes = []
+    for activations in (None, "int8", "fp8"):
+        try:
+            schemes.append(Scheme(spec, activations))
+        except FormatError:
+            continue
+    return schemes
+
+
+REGISTERED = [scheme for spec in REGISTRY.values() for scheme in legal(spec)]
+UNREGISTERED = [scheme for spec in PRIVATE for scheme in legal(spec)]
+
+
+def label(value: object) -> str | None:
+    return value.label if isinstance(value, Scheme) else None
+
+
+def random_planes(spec: FormatSpec, n: int, k: int) -> list[torch.Tensor]:
+    """Planes of every code value and scales of either sign, in the stored layout."""
+    planes = []
+    for plane in spec.planes:
+        shape = spec.plane_shape(plane, n, k)
+        entries = torch.randint(0, 2**plane.bits, (n, k)).to(torch.uint8) if plane.is_code else torch.randn(n, shape[1])
+        planes.append(pack_plane(plane, entries, shape))
+    return planes
+
+
+def as_multiplied(x: torch.Tensor, activations: str | None) -> torch.Tensor:
+    """float64 of x after the scheme's quantization of activations."""
+    if activations is None:
+        return x.double()
+    limit = 127.0 if activations == "int8" else 448.0
+    step = x.float().abs().amax(-1, keepdim=True) / limit
+    step = torch.where(step == 0, 1.0, step)
+    ratio = x.float() / step
+    codes = ratio.round().clamp(-127, 127) if activations == "int8" else ratio.clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes.double() * step.double()
+
+
+def check_linear(
+    kernels: CpuKernels, planes: list[torch.Tensor], weight: torch.Tensor, rows: int, dtype: torch.dtype, biased: bool
+) -> None:
+    """Against ``weight`` [N, K] in float64. Allowed: rounding of y, 1e-6 of the norms for float32 sums, and six standard
+    deviations of rounding weights to bf16 where that is done."""
+    n, k = weight.shape
+    x = torch.randn(rows, k).to(dtype)
+    bias = torch.randn(n).to(dtype) if biased else None
+    y = kernels.linear(x, planes, bias, n)
+    assert y.shape == (rows, n) and y.dtype == dtype
+    wide = as_multiplied(x, kernels.scheme.activations)
+    expected = wide @ weight.T + (0 if bias is None else bias.double())
+    allowed = UNIT_ROUNDOFF[dtype] * expected.abs() + 1e-6 * torch.outer(wide.norm(dim=1), weight.norm(dim=1)) + 1e-6
+    if kernels.variant(rows, dtype) == "panel_bf16" and dtype == torch.bfloat16:
+        allowed += 6 * 0.4 * 2.0**-8 * (wide.square() @ weight.square().T).sqrt()
+    worst = ((y.double() - expected).abs() / allowed).max().item() if rows else 0.0
+    assert worst <= 1.0, (kernels.scheme.label, n, k, rows, dtype, kernels.variant(rows, dtype), worst)
+
+
+@pytest.mark.parametrize("scheme", REGISTERED, ids=label)
+def test_linear_of_registered_formats(scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    kernels = cpu_kernels(scheme)
+    for n, k in SHAPES:
+        planes = quantize(scheme.format, torch.randn(n, k))
+        weight = decode(scheme.format, planes, n, k).double()
+        for rows in ROWS:
+            for i, dtype in enumerate(DTYPES):
+                check_linear(kernels, planes, weight, rows, dtype, biased=(rows + i) % 2 == 0)
+
+
+@pytest.mark.parametrize("scheme", UNREGISTERED, ids=label)
+def test_linear_and_decode_of_other_formats(scheme: Scheme) -> None:
+    """Several code planes, scales of scales at two periods, tables, periods above a panel's depth and off powers of two."""
+    torch.manual_seed(1)
+    kernels, spec = cpu_kernels(scheme), scheme.format
+    for n, k in ((37, 100), (70, 2100)):
+        planes = random_planes(spec, n, k)
+        weight = decode(spec, planes, n, k)
+        assert torch.equal(kernels.decode(planes, n, k, torch.float32), weight)
+        weight = weight.double()
+        for rows in (1, 5, 17, 40):
+            check_linear(kernels, planes, weight, rows, torch.float32, biased=False)
+            check_linear(kernels, planes, weight, rows, torch.bfloat16, biased=True)
+
+
+@pytest.mark.parametrize("spec", REGISTRY.values(), ids=lambda s: s.name)
+def test_decode_is_the_reference_for_every_code(spec: FormatSpec) -> None:
+    torch.manual_seed(2)
+    n, k = 37, 420
+    planes = random_planes(spec, n, k)
+    for dtype in (*DTYPES, torch.float64):
+        got = cpu_kernels(Scheme(spec)).decode(planes, n, k, dtype)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, decode(spec, planes, n, k, dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_nan_codes_of_fp8_decode_to_nan() -> None:
+    spec = REGISTRY["fp8_e4m3"]
+    weight = torch.tensor([[0x7F, 0xFF, 0x7E, 0x01]], dtype=torch.uint8)
+    planes = [pack_plane(spec.planes[0], torch.ones(1, 1), (1, 1, 16)), pack_plane(spec.planes[1], weight, (1, 8, 16))]
+    got = cpu_kernels(Scheme(spec)).decode(planes, 1, 4, torch.float32)[0]
+    assert got[:2].isnan().all() and got[2:].tolist() == [448.0, 2.0**-9]
+
+
+@pytest.mark.parametrize("isa", ["avx2", "generic"])
+@pytest.mark.parametrize("name", ["int4_g64", "int4_g64+int8", "int8+int8", "fp8_e4m3+fp8"])
+def test_other_instruction_sets(isa: str, name: str) -> None:
+    torch.manual_seed(3)
+    fmt, _, activations = name.partition("+")
+    scheme = Scheme(REGISTRY[fmt], activations or None)
+    if isa == "avx2" and "avx2" not in cpu_flags():
+        pytest.skip("this CPU has no AVX2")
+    kernels = CpuKernels(scheme, isa)
+    for n, k in SHAPES:
+        planes = random_planes(scheme.format, n, k)
+        if fmt == "fp8_e4m3":
+            planes = quantize(scheme.format, torch.randn(n, k))
+        weight = decode(scheme.format, planes, n, k).double()
+        for dtype in DTYPES:
+            assert torch.equal(kernels.decode(planes, n, k, dtype), decode(scheme.format, planes, n, k, dtype))
+            for rows in (1, 2, 3, 4, 5, 7, 16, 65):
+                check_linear(kernels, planes, weight, rows, dtype, biased=rows == 4)
+
+
+# Activations ---------------------------------------------------------------------------------------------------------
+
+
+def identity(spec: FormatSpec, code: int, k: int) -> list[torch.Tensor]:
+    """Planes of the k×k matrix with scale 1 whose diagonal holds ``code``."""
+    codes = torch.eye(k, dtype=torch.uint8) * code
+    return [pack_plane(p, codes if p.is_code else torch.ones(k, 1), spec.plane_shape(p, k, k)) for p in spec.planes]
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("activations, fmt, one", [("int8", "int8", 1), ("fp8", "fp8_e4m3", 0x38)])
+def test_activations_round_as_torch_does(activations: str, fmt: str, one: int, rows: int) -> None:
+    """Through an identity weight y is the dequantized x: ties, subnormals and all signs included, exactly."""
+    kernels, limit = cpu_kernels(Scheme(REGISTRY[fmt], activations)), 127.0 if activations == "int8" else 448.0
+    if activations == "int8":
+        values = torch.arange(-253, 254) / 2
+    else:
+        finite = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        finite = finite[finite.isfinite()].sort().values
+        values = torch.cat([finite, (finite[1:] + finite[:-1]) / 2])
+    x = torch.cat([values, torch.tensor([limit])])[None].expand(rows, -1).contiguous()
+    x[rows // 2 :] *= 1.7
+    k = x.shape[1]
+    y = kernels.linear(x, identity(REGISTRY[fmt], one, k), None, k)
+    assert torch.equal(y.double(), as_multiplied(x, activations).float().double())
+
+
+def test_integer_sums_are_exact() -> None:
+    torch.manual_seed(4)
+    spec, (n, k) = REGISTRY["int8"], (48, 1000)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    planes = [pack_plane(p, weight if p.is_code else torch.ones(n, 1), spec.plane_shape(p, n, k)) for p in spec.planes]
+    for rows in (1, 2, 9, 100):
+        x = torch.randint(-127, 128, (rows, k))
+        x[:, 0] = 127
+        y = cpu_kernels(Scheme(spec, "int8")).linear(x.float(), planes, None, n)
+        assert torch.equal(y.long(), x @ weight.long().T)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(REGISTRY["int4_g32"], "int8"), Scheme(REGISTRY["fp8_e5m2"], "fp8")], ids=label)
+def test_rows_of_zeros_and_not_finite_rows(scheme: Scheme) -> None:
+    planes = quantize(scheme.format, torch.randn(32, 64))
+    for rows in (4, 30):
+        x = torch.randn(rows, 64)
+        x[0], x[1, 3], x[2, 5] = 0.0, float("nan"), float("inf")
+        y = cpu_kernels(scheme).linear(x, planes, None, 32)
+        assert (y[0] == 0).all() and y[1:3].isnan().all() and y[3:].isfinite().all()
+
+
+# Tensors as callers have them ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_shape_and_stride_of_x(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    scheme, n, k = Scheme(REGISTRY["int4_g32"]), 40, 96
+    planes, kernels, bias = quantize(scheme.format, torch.randn(n, k)), cpu_kernels(scheme), torch.randn(n, dtype=torch.float64)
+    base = torch.randn(7 * 5 * (k + 3) + 1).to(dtype)
+    inputs = [
+        base[:k], base[1 : k + 1], base[: 5 * k].view(k, 5).T, base[: 5 * (k + 3)].view(5, k + 3)[:, 1 : k + 1],
+        base[:k].expand(20, k), base[: 35 * k].view(7, 5, k)[:, ::2], base[: 4 * k].view(4, 1, k), base[:0].view(3, 0, 0).expand(3, 0, k),
+    ]  # fmt: skip
+    for x in inputs:
+        y = kernels.linear(x, planes, bias, n)
+        plain = kernels.linear(x.clone(memory_format=torch.contiguous_format).reshape(-1, k), planes, bias.to(torch.float32), n)
+        assert y.shape == (*x.shape[:-1], n) and torch.equal(y.reshape(-1, n), plain)
+
+
+def test_misfits_are_refused() -> None:
+    scheme = Scheme(REGISTRY["int4_g32"])
+    planes, kernels = quantize(scheme.format, torch.randn(32, 64)), cpu_kernels(scheme)
+    x = torch.randn(2, 64)
+    with pytest.raises(LayoutError, match="float64 on cpu; convert it"):
+        kernels.linear(x.double(), planes, None, 32)
+    with pytest.raises(LayoutError, match="plane 'scale'"):
+        kernels.linear(torch.randn(2, 128), planes, None, 32)
+    with pytest.raises(LayoutError, match="plane 'q'"):
+        kernels.linear(x, planes, None, 32)
+        kernels.linear(x, [*planes[:2], planes[2][:, :-1]], None, 32)
+    with pytest.raises(LayoutError, match="contiguous"):
+        kernels.linear(x, [*planes[:2], torch.cat([planes[2]] * 2, 2)[:, :, ::2]], None, 32)
+    with pytest.raises(LayoutError, match=r"bias must be a float CPU tensor \[32\]"):
+        kernels.linear(x, planes, torch.randn(31), 32)
+    with pytest.raises(FormatError, match="multiple of 4"):
+        CpuKernels(Scheme(FormatSpec("pairs", (Plane("scale", "f32", 2), Plane("q", "u4")), scale * q)))
+    with pytest.raises(FormatError, match="does not fit unsigned bytes"):
+        CpuKernels(Scheme(FormatSpec("wide", (Plane("scale", "f32", ROW), Plane("q", "u8")), scale * (3 * q)), "int8"))
+    wide = torch.empty(1, 131104).to(torch.float32)
+    with pytest.raises(LayoutError, match="overflows int32"):
+        cpu_kernels(Scheme(REGISTRY["int8"], "int8")).linear(wide, quantize(REGISTRY["int8"], wide.zero_()), None, 1)
+
+
+def test_threads_do_not_change_results_and_calls_may_overlap() -> None:
+    torch.manual_seed(6)
+    scheme, n, k = Scheme(REGISTRY["int4_g128"], "int8"), 200, 512
+    planes, kernels = quantize(scheme.format, torch.randn(n, k)), cpu_kernels(scheme)
+    inputs = [torch.randn(rows, k) for rows in (1, 6, 33, 200)] * 6
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [kernels.linear(x, planes, None, n) for x in inputs]
+    finally:
+        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda x: kernels.linear(x, planes, None, n), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+# Building --------------------------------------------------------------------------------------------------------------
+
+
+def cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def test_register_tables_and_dot_products_are_used() -> None:
+    """A table must not become loads from memory, and products must be the wide ones."""
+    if which("objdump") is None:
+        pytest.skip("objdump (binutils) is not installed")
+    if not {"avx512bw", "avx512_bf16", "avx512_vnni"} <= cpu_flags():
+        pytest.skip("this CPU has no AVX-512 with BF16 and VNNI")
+    wanted = {"int4_g128": {"vpermps", "vpermw", "vdpbf16ps", "vfmadd231ps"}, "int4_g128+int8": {"vpdpbusd"},
+              "int8+int8": {"vpdpbusd"}, "fp8_e4m3": {"vcvtph2ps", "vdpbf16ps"}}  # fmt: skip
+    for name, opcodes in wanted.items():
+        fmt, _, activations = name.partition("+")
+        path = cpu_kernels(Scheme(REGISTRY[fmt], activations or None)).path
+        listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True).stdout
+        assert not [op for op in opcodes if op not in listing], name
+        assert "vgatherdps" not in listing and "vpgatherdd" not in listing
+
+
+SMALL = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path))
+    return tmp_path / "cpp"
+
+
+def test_library_is_built_once_and_again_when_damaged(cache: Path) -> None:
+    library, path = cpp_build.load_library(SMALL)
+    assert library.answer() == 42 and path.parent == cache
+    built = path.stat().st_mtime_ns
+    assert cpp_build.load_library(SMALL)[1].stat().st_mtime_ns == built
+    path.with_suffix(".sha256").unlink()
+    assert cpp_build.load_library(SMALL)[1].stat().st_mtime_ns > built
+    damaged = path.read_bytes()[:1000]
+    path.unlink()
+    path.write_bytes(damaged)
+    assert cpp_build.load_library(SMALL)[0].answer() == 42 and path.stat().st_size > 1000
+    assert not list(cache.glob("tmp*"))
+
+
+def test_two_builders_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds, build, start = [], cpp_build._build, threading.Barrier(2)
+    monkeypatch.setattr(cpp_build, "_build", lambda *args: (builds.append(args), build(*args)))
+
+    def load() -> int:
+        start.wait()
+        return int(cpp_build.load_library(SMALL)[0].answer())
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [f.result() for f in [pool.submit(load), pool.submit(load)]] == [42, 42]
+    assert len(builds) == 1
+
+
+def test_build_errors_say_what_failed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KernelBuildError, match=r"(?s)command: .*-O3.*source: .*\.cpp.*error: .*nonsense"):
+        cpp_build.load_library("int f() { return nonsense; }")
+    monkeypatch.setattr(cpp_build, "compiler", lambda: "/nowhere/g++")
+    with pytest.raises(KernelBuildError, match="(?s)cannot run the C.. compiler.*command: /nowhere/g"):
+        cpp_build.load_library(SMALL)
+    monkeypatch.undo()
+    (cache.parent / "file").write_text("")
+    monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(cache.parent / "file"))
+    with pytest.raises(KernelBuildError, match="cannot write compiled kernels.*QCOMPILE_CACHE_DIR"):
+        cpp_build.load_library(SMALL)
