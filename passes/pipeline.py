@@ -84,8 +84,8 @@ class Compilation:
             parameter = slots[0].get() if slots else None
             if isinstance(parameter, QuantizedTensor):
                 continue
+            self.recorder.add(Record.of(decision))  # a conversion will replace it by what it measured
             if decision.scheme is None or parameter is None:
-                self.recorder.add(Record.of(decision))
                 continue
             done = _recording(self.recorder, decision, self.rounding)
             if (earlier := found.get(id(parameter))) is not None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from qcompile.passes.discover import discover
 from qcompile.plan import Site
@@ -32,7 +34,10 @@ def traced(
 
 def only(model: nn.Module, *args: object, **kwargs: object) -> dict[tuple[str, str], Site]:
     """Sites of the one graph of a call, by name and operator; no two have the same."""
-    (sites,) = traced(model.eval(), *args, **kwargs)
+    graphs = traced(model.eval(), *args, **kwargs)
+    if len(graphs) > 1 and TorchVersion(torch.__version__) < "2.12":
+        pytest.skip(f"torch {torch.__version__} breaks this model into {len(graphs)} graphs, where roles need one")
+    (sites,) = graphs
     assert len({s.key for s in sites}) == len(sites)
     return {s.key: s for s in sites}
 

@@ -1,6 +1,5 @@
 """Real models through the one line: the sentence encoder, decoders of several architectures, generation."""
 
-from collections.abc import Iterator
 
 import pytest
 import qcompile
@@ -23,18 +22,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 DICTIONARY = {"attention.q_proj": "fp8", "mlp.gate_proj": "int4", "embed_tokens": "fp16", "lm_head": "fp16"}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
 LLAMA = {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def packed(model: nn.Module) -> dict[str, str]:
