@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="CUDA builds of PyTorch ask the driver even for fake tensors")
 def test_the_wrapper_calls_our_kernel_between_fused_triton_kernels() -> None:
     program = Path(__file__).with_name("fake_cuda.py")
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300)
