@@ -9,6 +9,7 @@ makes measurements on a shared machine repeatable. A ratio is median baseline ti
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ class Result:
 class Candidate:
     label: str
     nbytes: int
-    calls: list[Callable[[torch.Tensor], torch.Tensor]]
+    calls: Sequence[Callable[[torch.Tensor], torch.Tensor]]
     variant: Callable[[int], str]
 
 
@@ -64,7 +65,7 @@ def baseline(weight: torch.Tensor) -> Candidate:
     compiled = torch.compile(linear, dynamic=False)
     nbytes = weight.nbytes
     copies = [weight.clone() for _ in range(_copies(nbytes))]
-    calls = [lambda x, w=w: compiled(x, w) for w in copies]
+    calls = [functools.partial(compiled, w=w) for w in copies]
     return Candidate("baseline", nbytes, calls, lambda rows: "torch.compile")
 
 
@@ -76,7 +77,7 @@ def candidate(name: str, weight: torch.Tensor) -> Candidate:
     planes = quantize(scheme.format, weight)
     nbytes = sum(p.nbytes for p in planes)
     copies = [[p.clone() for p in planes] for _ in range(_copies(nbytes))]
-    calls = [lambda x, c=c: kernels.linear(x, c, None, weight.shape[0]) for c in copies]
+    calls = [functools.partial(kernels.linear, planes=c, bias=None, n=weight.shape[0]) for c in copies]
     return Candidate(name, nbytes, calls, lambda rows: kernels.variant(rows, weight.dtype))
 
 
@@ -110,7 +111,9 @@ def _interleaved(candidates: Sequence[Candidate], x: torch.Tensor, seconds: floa
     start, turn = time.perf_counter(), 0
     while time.perf_counter() - start < seconds or min(map(len, times)) < 7:
         if time.perf_counter() - start > 30 * seconds:
-            raise RuntimeError(f"other processes took the cores from {[len(t) for t in times]} of {turn} calls; try later")
+            raise RuntimeError(
+                f"other processes took the cores from {[len(t) for t in times]} of {turn} calls; try later"
+            )
         for c, own in zip(candidates, times, strict=True):
             call = c.calls[turn % len(c.calls)]
             begin, cpu = time.perf_counter(), time.process_time()

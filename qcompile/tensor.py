@@ -123,7 +123,7 @@ class QuantizedTensor(torch.Tensor):
     def is_shared(self) -> bool:
         return all(p.is_shared() for p in self.planes)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"QuantizedTensor({self.scheme.label}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
         )

@@ -16,7 +16,6 @@ from qcompile.errors import OptionError, PolicyError, StrictError, UnknownFormat
 from qcompile.recorder import recorder_of
 from qcompile.tensor import QuantizedTensor
 
-
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 

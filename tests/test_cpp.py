@@ -1,19 +1,14 @@
-"""Generated CPU kernels against the reference: products, decoding, activations, instruction sets, building."""
+"""Generated CPU kernels against the reference: products, decoding, activations, instruction sets."""
 
 from __future__ import annotations
 
-import subprocess
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from shutil import which
 
 import pytest
 import torch
 
-from qcompile.codegen import cpp_build
 from qcompile.codegen.cpp import CpuKernels, cpu_kernels
-from qcompile.errors import FormatError, KernelBuildError, LayoutError
+from qcompile.errors import FormatError, LayoutError
 from qcompile.formats import REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, symbols
 from qcompile.formats.layout import pack_plane
 from qcompile.formats.reference import decode, quantize
@@ -32,7 +27,8 @@ PRIVATE = (
                scale * (ql + 16 * qh) + zero),
     FormatSpec("normal_float", (Plane("scale", "f32", 64), Plane("q", "u4")), scale * NF4(q), (NF4,)),
     FormatSpec("ternary", (Plane("scale", "f32", ROW), Plane("q", "u2")), scale * (q - 1)),
-    FormatSpec("odd_steps", (Plane("scale", "f32", 1024), Plane("zero", "f32", 24), Plane("q", "u4")), scale * (3 * q - 8) + zero),
+    FormatSpec("odd_steps", (Plane("scale", "f32", 1024), Plane("zero", "f32", 24), Plane("q", "u4")),
+               scale * (3 * q - 8) + zero),
     FormatSpec("table", (Plane("scale", "f32", ROW), Plane("zero", "f32", ROW), Plane("q", "u8")),
                scale * BOOK(q) + zero, (BOOK,)),
 )  # fmt: skip
@@ -149,7 +145,7 @@ def test_other_instruction_sets(isa: str, name: str) -> None:
     torch.manual_seed(3)
     fmt, _, activations = name.partition("+")
     scheme = Scheme(REGISTRY[fmt], activations or None)
-    if isa == "avx2" and "avx2" not in cpu_flags():
+    if isa == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this CPU has no AVX2")
     kernels = CpuKernels(scheme, isa)
     for n, k in SHAPES:
@@ -202,7 +198,9 @@ def test_integer_sums_are_exact() -> None:
         assert torch.equal(y.long(), x @ weight.long().T)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(REGISTRY["int4_g32"], "int8"), Scheme(REGISTRY["fp8_e5m2"], "fp8")], ids=label)
+@pytest.mark.parametrize(
+    "scheme", [Scheme(REGISTRY["int4_g32"], "int8"), Scheme(REGISTRY["fp8_e5m2"], "fp8")], ids=label
+)
 def test_rows_of_zeros_and_not_finite_rows(scheme: Scheme) -> None:
     planes = quantize(scheme.format, torch.randn(32, 64))
     for rows in (4, 30):
@@ -219,15 +217,21 @@ def test_rows_of_zeros_and_not_finite_rows(scheme: Scheme) -> None:
 def test_any_shape_and_stride_of_x(dtype: torch.dtype) -> None:
     torch.manual_seed(5)
     scheme, n, k = Scheme(REGISTRY["int4_g32"]), 40, 96
-    planes, kernels, bias = quantize(scheme.format, torch.randn(n, k)), cpu_kernels(scheme), torch.randn(n, dtype=torch.float64)
+    planes, kernels, bias = (
+        quantize(scheme.format, torch.randn(n, k)),
+        cpu_kernels(scheme),
+        torch.randn(n, dtype=torch.float64),
+    )
     base = torch.randn(7 * 5 * (k + 3) + 1).to(dtype)
     inputs = [
         base[:k], base[1 : k + 1], base[: 5 * k].view(k, 5).T, base[: 5 * (k + 3)].view(5, k + 3)[:, 1 : k + 1],
-        base[:k].expand(20, k), base[: 35 * k].view(7, 5, k)[:, ::2], base[: 4 * k].view(4, 1, k), base[:0].view(3, 0, 0).expand(3, 0, k),
+        base[:k].expand(20, k), base[: 35 * k].view(7, 5, k)[:, ::2], base[: 4 * k].view(4, 1, k), base.new_empty(3, 0, k),
     ]  # fmt: skip
     for x in inputs:
         y = kernels.linear(x, planes, bias, n)
-        plain = kernels.linear(x.clone(memory_format=torch.contiguous_format).reshape(-1, k), planes, bias.to(torch.float32), n)
+        plain = kernels.linear(
+            x.clone(memory_format=torch.contiguous_format).reshape(-1, k), planes, bias.to(torch.float32), n
+        )
         assert y.shape == (*x.shape[:-1], n) and torch.equal(y.reshape(-1, n), plain)
 
 
@@ -269,77 +273,3 @@ def test_threads_do_not_change_results_and_calls_may_overlap() -> None:
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(lambda x: kernels.linear(x, planes, None, n), inputs))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-
-
-# Building --------------------------------------------------------------------------------------------------------------
-
-
-def cpu_flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
-
-
-def test_register_tables_and_dot_products_are_used() -> None:
-    """A table must not become loads from memory, and products must be the wide ones."""
-    if which("objdump") is None:
-        pytest.skip("objdump (binutils) is not installed")
-    if not {"avx512bw", "avx512_bf16", "avx512_vnni"} <= cpu_flags():
-        pytest.skip("this CPU has no AVX-512 with BF16 and VNNI")
-    wanted = {"int4_g128": {"vpermps", "vpermw", "vdpbf16ps", "vfmadd231ps"}, "int4_g128+int8": {"vpdpbusd"},
-              "int8+int8": {"vpdpbusd"}, "fp8_e4m3": {"vcvtph2ps", "vdpbf16ps"}}  # fmt: skip
-    for name, opcodes in wanted.items():
-        fmt, _, activations = name.partition("+")
-        path = cpu_kernels(Scheme(REGISTRY[fmt], activations or None)).path
-        listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True).stdout
-        assert not [op for op in opcodes if op not in listing], name
-        assert "vgatherdps" not in listing and "vpgatherdd" not in listing
-
-
-SMALL = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path))
-    return tmp_path / "cpp"
-
-
-def test_library_is_built_once_and_again_when_damaged(cache: Path) -> None:
-    library, path = cpp_build.load_library(SMALL)
-    assert library.answer() == 42 and path.parent == cache
-    built = path.stat().st_mtime_ns
-    assert cpp_build.load_library(SMALL)[1].stat().st_mtime_ns == built
-    path.with_suffix(".sha256").unlink()
-    assert cpp_build.load_library(SMALL)[1].stat().st_mtime_ns > built
-    damaged = path.read_bytes()[:1000]
-    path.unlink()
-    path.write_bytes(damaged)
-    assert cpp_build.load_library(SMALL)[0].answer() == 42 and path.stat().st_size > 1000
-    assert not list(cache.glob("tmp*"))
-
-
-def test_two_builders_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    builds, build, start = [], cpp_build._build, threading.Barrier(2)
-    monkeypatch.setattr(cpp_build, "_build", lambda *args: (builds.append(args), build(*args)))
-
-    def load() -> int:
-        start.wait()
-        return int(cpp_build.load_library(SMALL)[0].answer())
-
-    with ThreadPoolExecutor(2) as pool:
-        assert [f.result() for f in [pool.submit(load), pool.submit(load)]] == [42, 42]
-    assert len(builds) == 1
-
-
-def test_build_errors_say_what_failed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KernelBuildError, match=r"(?s)command: .*-O3.*source: .*\.cpp.*error: .*nonsense"):
-        cpp_build.load_library("int f() { return nonsense; }")
-    monkeypatch.setattr(cpp_build, "compiler", lambda: "/nowhere/g++")
-    with pytest.raises(KernelBuildError, match="(?s)cannot run the C.. compiler.*command: /nowhere/g"):
-        cpp_build.load_library(SMALL)
-    monkeypatch.undo()
-    (cache.parent / "file").write_text("")
-    monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(cache.parent / "file"))
-    with pytest.raises(KernelBuildError, match="cannot write compiled kernels.*QCOMPILE_CACHE_DIR"):
-        cpp_build.load_library(SMALL)

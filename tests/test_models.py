@@ -2,11 +2,8 @@
 
 
 import pytest
-import qcompile
 import torch
 from models import encoder, encoder_batch, perplexity, trained_decoder
-from qcompile.recorder import recorder_of
-from qcompile.tensor import QuantizedTensor
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import (
@@ -21,6 +18,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+import qcompile
+from qcompile.recorder import recorder_of
+from qcompile.tensor import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -13,7 +13,8 @@ NORMAL_16 = Codebook(
 )  # fmt: skip
 """A table of 16 values like the quantiles of a normal distribution, symmetric nowhere."""
 
-E2M1 = Codebook("E2M1", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0), minifloat=(2, 1))
+_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = Codebook("E2M1", (*_HALF, *(-v for v in _HALF)), minifloat=(2, 1))
 
 q, low, high, scale, top, zero = symbols("q low high scale top zero")
 
@@ -50,10 +51,10 @@ def formats() -> list[FormatSpec]:
 
 
 def schemes() -> list[Scheme]:
-    """Every format without quantized activations, and every format that allows them with them."""
+    """Every format without quantized activations, and with them every format that 8-bit matrix units can take."""
     found = [Scheme(spec) for spec in formats()]
     for spec in formats():
-        if affine(spec).integer:
+        if affine(spec).integer and (spec.period == ROW or spec.period >= 32):
             found.append(Scheme(spec, "int8"))
         elif any(b.minifloat in ((4, 3), (5, 2)) for b in spec.codebooks):
             found.append(Scheme(spec, "fp8"))

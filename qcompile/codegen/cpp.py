@@ -77,12 +77,12 @@ class CpuKernels:
         self.source = source(scheme)
         library, self.path = load_library(self.source, isa)
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        planes = [pointer] * len(scheme.format.planes)
+        planes = (pointer,) * len(scheme.format.planes)
         self._linear = library.qc_linear
-        self._linear.argtypes = [pointer] * 3 + [number] * 3 + [size] * 5 + planes
+        self._linear.argtypes = [*(pointer,) * 3, *(number,) * 3, *(size,) * 5, *planes]
         self._linear.restype = number
         self._decode = library.qc_decode
-        self._decode.argtypes = [pointer] + [number] * 2 + [size] * 3 + planes
+        self._decode.argtypes = [pointer, number, number, size, size, size, *planes]
         self._decode.restype = None
         self._variant = library.qc_variant
         self._variant.argtypes = [size, number]
@@ -162,18 +162,18 @@ class CpuKernels:
         check_planes(spec, planes, n, k)
         padded = spec.padded(n, k)[1]
         if self.scheme.activations == "int8" and spec.period == ROW and padded > LONGEST_INT_ROW:
-            raise LayoutError(f"{self.scheme.label}: K = {k} overflows int32 sums of one scale per row (limit {LONGEST_INT_ROW}); "
-                              "use a format with groups")  # fmt: skip
+            raise LayoutError(f"{self.scheme.label}: K = {k} overflows int32 sums of one scale per row (limit "
+                              f"{LONGEST_INT_ROW}); use a format with groups")  # fmt: skip
         return padded, [math.prod(spec.plane_shape(p, n, k)) * p.storage_dtype.itemsize for p in spec.planes]
 
     def _bias(self, bias: torch.Tensor, n: int) -> torch.Tensor:
         if bias.shape != (n,) or not bias.is_floating_point() or not bias.is_cpu:
-            raise LayoutError(f"{self.scheme.label}: bias must be a float CPU tensor [{n}], found {bias.dtype} {list(bias.shape)} "
-                              f"on {bias.device}")  # fmt: skip
+            raise LayoutError(f"{self.scheme.label}: bias must be a float CPU tensor [{n}], found {bias.dtype} "
+                              f"{list(bias.shape)} on {bias.device}")  # fmt: skip
         return (bias if bias.dtype in DTYPES else bias.float()).contiguous()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cpu_kernels(scheme: Scheme) -> CpuKernels:
     """The kernels of ``scheme`` for this machine, built once in a process."""
     return CpuKernels(scheme)

@@ -18,8 +18,9 @@ from pathlib import Path
 from ..errors import KernelBuildError
 
 FLAGS = (
-    "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fwrapv", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-w",
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-w",
+    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",  # float results as written, but free of side effects
+    "-fwrapv", "-fno-strict-aliasing",  # integer sums wrap on purpose; x is written as elements and read as words
 )  # fmt: skip
 
 ISA_FLAGS = {
@@ -50,7 +51,7 @@ def compiler() -> str:
         raise KernelBuildError("no C++ compiler was found; install g++ or clang++, or set CXX to one") from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _identity(cxx: str, flags: tuple[str, ...]) -> str:
     """The compiler's predefined macros under ``flags``: version, architecture and instruction set."""
     return _run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull], Path(os.devnull))
@@ -106,5 +107,7 @@ def _run(command: list[str], source: Path) -> str:
     except OSError as error:
         raise KernelBuildError(f"cannot run the C++ compiler\ncommand: {line}\nsource: {source}\n{error}") from error
     if done.returncode:
-        raise KernelBuildError(f"the C++ compiler failed\ncommand: {line}\nsource: {source}\n{done.stderr}{done.stdout}")
+        raise KernelBuildError(
+            f"the C++ compiler failed\ncommand: {line}\nsource: {source}\n{done.stderr}{done.stdout}"
+        )
     return done.stdout

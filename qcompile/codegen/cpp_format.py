@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -10,16 +9,16 @@ import sympy
 import torch
 
 from ..errors import FormatError
-from ..formats.algebra import Affine, affine, torch_function
+from ..formats.algebra import Affine
 from ..formats.scheme import Scheme
 from ..formats.spec import ROW, Codebook, FormatSpec, Plane
 from .cpp_expr import LanePrinter, float_literal
+from .cpp_facts import exact_in_bf16, gen_values, half_factor, with_folded_factor
 
 LONGEST_SPAN = 512
 """Weights after which partial sums are scaled even if the format's scales last longer (bounds the panel's depth)."""
 
 SCALE_TYPES = {"f32": "float", "f16": "Half", "bf16": "Bfloat"}
-ENUMERABLE_BITS = 16
 
 
 def format_struct(scheme: Scheme) -> str:
@@ -34,22 +33,24 @@ class _Struct:
 
     def __post_init__(self) -> None:
         self.spec: FormatSpec = self.scheme.format
-        self.form: Affine = _with_folded_factor(self.spec)
+        self.form: Affine = with_folded_factor(self.spec)
         # Scales of periods that do not nest change at the multiples of either, so the span is their common divisor.
         period = math.gcd(*(p.per for p in self.spec.scales if p.per != ROW))
         self.span = period if period <= LONGEST_SPAN else math.gcd(period, LONGEST_SPAN)
         if self.span % 4:
-            raise FormatError(f"format {self.spec.name!r}: scales last for {period} weights; C++ kernels need a multiple of 4")
+            raise FormatError(
+                f"format {self.spec.name!r}: scales last for {period} weights; C++ kernels need a multiple of 4"
+            )
         self.block = math.gcd(16, self.span)
-        self.gen = _gen_values(self.spec, self.form)
+        self.gen = gen_values(self.spec, self.form)
 
     def text(self) -> str:
-        exact = self.gen is not None and _exact_in_bf16(self.gen)
+        exact = self.gen is not None and exact_in_bf16(self.gen)
         body = [
             *self._constants(exact), *self._planes(), *self._words(), *self._codes(),
             *self._scales(), *self._gen(), *self._pair(exact), *self._quad(), self._value(),
         ]  # fmt: skip
-        struct = "\n".join(f"  {line}" if line and not line.startswith("#") else line for part in body for line in part.split("\n"))
+        struct = "\n".join(line if line.startswith("#") else f"  {line}" for line in body)
         tables = "\n".join(self.tables)
         return f"namespace {{\n\n{tables}\n\nstruct Format {{\n{struct}\n}};\n\n}}  // namespace\n"
 
@@ -172,7 +173,9 @@ class _Struct:
         plane = self.spec.codes[0]
         if len(self.spec.codes) == 1 and plane.dtype == "i8" and sympy.expand(shifted - 128).is_Symbol:
             return least, f"{plane.name}_four(w, i) ^ (int32_t)0x80808080"
-        linear = terms.total_degree() == 1 and all(c > 0 for c in terms.coeffs()) and shifted.subs(dict.fromkeys(terms.gens, 0)) == 0
+        linear = (
+            terms.total_degree() == 1 and all(c > 0 for c in terms.coeffs()) and terms.eval((0,) * len(terms.gens)) == 0
+        )
         if linear and most - least <= 255 and all(p.dtype != "i8" for p in self.spec.codes):
             names = {p.name: f"{p.name}_bytes(w, i)" for p in self.spec.codes}
             return least, LanePrinter(names, integer=True).lanes(shifted)
@@ -182,7 +185,9 @@ class _Struct:
             if text not in self.tables:
                 self.tables.append(text)
             return least, f"lookup_bytes(BYTES, {plane.name}_bytes(w, i))"
-        raise FormatError(f"format {self.spec.name!r}: gen = {self.form.gen} does not fit unsigned bytes; use activations=None")
+        raise FormatError(
+            f"format {self.spec.name!r}: gen = {self.form.gen} does not fit unsigned bytes; use activations=None"
+        )
 
     def _value(self) -> str:
         """The format's own expression, in the reference's order of operations; weight i of the block at k."""
@@ -201,7 +206,7 @@ class _Struct:
         if plane.bits <= 4:
             table = self._table(book.name, _cycle(list(book.values), 16))
             return f"lookup({table}, {plane.name}_lane(w, i))"
-        factor = _half_factor(book)
+        factor = half_factor(book)
         if factor is None or book.minifloat is None:
             table = self._table(book.name, list(book.values))
             return f"gather({table}, {plane.name}_lane(w, i) & 255)"
@@ -213,7 +218,9 @@ class _Struct:
         wrong = [c for c, v in enumerate(book.values) if not math.isfinite(v) and book.minifloat[0] < 5]
         value = f"({half} * {float_literal(factor)})"
         for c in wrong:
-            value = f"select(equals({plane.name}_lane(w, i) & 255, {c}), splat({float_literal(book.values[c])}), {value})"
+            value = (
+                f"select(equals({plane.name}_lane(w, i) & 255, {c}), splat({float_literal(book.values[c])}), {value})"
+            )
         return value
 
     def _table(self, name: str, values: list[float]) -> str:
@@ -226,60 +233,6 @@ class _Struct:
     def _gen_list(self) -> list[float]:
         assert self.gen is not None  # one plane of at most four bits is always enumerable
         return self.gen.tolist()
-
-
-# Facts about a format -------------------------------------------------------------------------------------------------
-
-
-def _with_folded_factor(spec: FormatSpec) -> Affine:
-    """The affine form with the power of two between a minifloat and the half of the same bits moved into ``coeff``.
-
-    Only for ``gen = number * book(code)``; ``gen`` then stands for the half.
-    """
-    form = affine(spec)
-    number, rest = form.gen.as_coeff_Mul()
-    book = next((b for b in spec.codebooks if rest.is_Function and rest.func.__name__ == b.name), None)
-    factor = _half_factor(book) if book is not None and _bits_of_call(spec, rest) == 8 else None
-    if factor is None:
-        return form
-    return Affine(form.coeff * sympy.Rational(factor) * number, rest, form.offset, form.period)
-
-
-def _bits_of_call(spec: FormatSpec, call: sympy.Expr) -> int:
-    name = next(iter(call.free_symbols)).name
-    return next(p.bits for p in spec.codes if p.name == name)
-
-
-def _half_factor(book: Codebook) -> float | None:
-    """2^d such that every finite value is 2^d times the half whose exponent and mantissa fields it has; else None."""
-    if book.minifloat is None or len(book.values) != 256 or not 2 <= book.minifloat[0] <= 5:
-        return None
-    mantissa = book.minifloat[1]
-    codes = torch.arange(256, dtype=torch.int32)
-    halves = ((codes & 0x80) << 8 | (codes & 0x7F) << (10 - mantissa)).to(torch.int16).view(torch.float16).to(torch.float64)
-    values = torch.tensor(book.values, dtype=torch.float64)
-    finite = torch.isfinite(values)
-    factor = float(values[1] / halves[1])
-    same = torch.equal(values[finite], halves[finite] * factor)
-    return factor if same and math.frexp(factor)[0] == 0.5 else None
-
-
-def _gen_values(spec: FormatSpec, form: Affine) -> torch.Tensor | None:
-    """float64 values of ``gen`` over all combinations of codes, the last plane's fastest; None beyond 16 code bits."""
-    if sum(p.bits for p in spec.codes) > ENUMERABLE_BITS:
-        return None
-    ranges = [range(2**p.bits) for p in spec.codes]
-    grid = torch.tensor(list(itertools.product(*ranges)), dtype=torch.uint8)
-    columns = [grid[:, i].view(torch.int8) if p.dtype == "i8" else grid[:, i] for i, p in enumerate(spec.codes)]
-    original = affine(spec)
-    gen = torch_function(spec, original.gen, tuple(p.name for p in spec.codes))(*columns).to(torch.float64)
-    return gen * float(original.coeff / form.coeff)
-
-
-def _exact_in_bf16(values: torch.Tensor) -> bool:
-    finite = values[torch.isfinite(values)]
-    normal = bool(((finite == 0) | (finite.abs() >= 2.0**-126)).all())
-    return normal and torch.equal(finite.to(torch.bfloat16).to(torch.float64), finite)
 
 
 def _float32(value: float) -> float:

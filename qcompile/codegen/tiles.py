@@ -66,8 +66,12 @@ MANY_ROWS = Tile("", 8, 128, 8, 3)
 
 FLOAT32_ROWS = Tile("dot", 8, 16, 4, 4)
 
-CAPPED_REGISTERS = {(100, 32): 128}
-"""(Compute capability, period) where ptxas saves registers for occupancy until it spills, and a limit that stops it."""
+MOST_ROWS = {16: 16, 32: 32}
+"""Rows of a tile whose products are as short as these periods: every product is scaled, so more rows save little, their
+accumulators spill, and Triton 3.9 loses such kernels on sm_100 (it compiles them to nothing)."""
+
+REGISTERS = {("dot", 80, ROW, 32): 224, ("dot", 100, 32, 16): 128, ("dot", 100, 64, 16): 128, ("dot", 100, 128, 16): 128}
+"""(kernel, compute capability, period, rows) where ptxas saves registers until it spills, and a limit that stops it."""
 
 
 def at_arch(table: Mapping[int, V], arch: int) -> V:
@@ -81,8 +85,8 @@ def product_tile(kernel: str, rows: int, arch: int, period: int) -> Tile:
     if rows > 64 and roomy and (kernel == "dot8" or arch >= 90):
         tile = MANY_ROWS
     else:
-        tile = next(tile for most, tile in ROWS if rows <= most)
-    registers = CAPPED_REGISTERS.get((arch // 10 * 10, period), 0)
+        tile = next(tile for most, tile in ROWS if min(rows, MOST_ROWS.get(period, rows)) <= most)
+    registers = REGISTERS.get((kernel, arch // 10 * 10, period, tile.rows), 0)
     return Tile(kernel, tile.tiles, tile.rows, tile.warps, tile.stages, registers=registers)
 
 

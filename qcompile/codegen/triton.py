@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -34,7 +35,7 @@ class Variant:
     terms: int = 1
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def triton_kernels(scheme: Scheme) -> TritonKernels:
     """The kernels of ``scheme``. Raises :class:`~qcompile.errors.FormatError` for a format that cannot be printed."""
     return TritonKernels(scheme)
@@ -101,7 +102,7 @@ class TritonKernels:
         return Variant(tiles.product_tile("dot", rows, arch, period), TYPES[dtype] if exact else "float32", TYPES[dtype])
 
     def linear(
-        self, x: torch.Tensor, planes: list[torch.Tensor], bias: torch.Tensor | None, n: int, variant: Variant | None = None
+        self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, n: int, variant: Variant | None = None
     ) -> torch.Tensor:
         """``x[..., K]`` times the N×K weight, plus ``bias[N]``: ``[..., N]`` in ``x``'s dtype, sums in float32.
 
@@ -122,7 +123,7 @@ class TritonKernels:
             Call(self, chosen, int(target.arch), n, k, kp).linear(flat, planes, bias, out)
         return out.reshape(*x.shape[:-1], n)
 
-    def decode(self, planes: list[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
         """The ``[N, K]`` weight of ``planes`` in ``dtype``, computed in float32 and rounded once."""
         out = torch.empty(n, k, dtype=dtype, device=planes[0].device)
         self._target(out)

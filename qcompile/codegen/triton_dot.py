@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import sympy
 
+from ..errors import FormatError
 from ..formats.spec import ROW
 from . import triton_text as text
 from .triton_act import bytes8
@@ -20,6 +21,7 @@ from .triton_print import Printer, joined, linear_gen
 
 STEP = 128
 """Weights of a row that one step of the loop covers, in as many products as it has periods."""
+SHORTEST_8BIT = 32
 
 
 def blocks(printer: Printer) -> tuple[int, int]:
@@ -37,14 +39,21 @@ def dot(printer: Printer, name: str) -> str:
 
 
 def dot8(printer: Printer, name: str) -> str:
-    """out[M, N] = x_scale·(x·Wᵀ) (+ bias) for x quantized per token: int8·int8 → int32, or e4m3 times an fp8 weight."""
+    """out[M, N] = x_scale·(x·Wᵀ) (+ bias) for x quantized per token: int8·int8 → int32, or e4m3 times an fp8 weight.
+
+    Raises :class:`FormatError` when scales change more often than every 32 weights, the least that 8-bit units sum.
+    """
+    if blocks(printer)[1] < SHORTEST_8BIT:
+        raise FormatError(f"format {printer.spec.name!r}: scales change every {printer.spec.period} weights, but 8-bit matrix "
+                          f"units sum {SHORTEST_8BIT} products; use activations=None")  # fmt: skip
     return _kernel(printer, name, narrow=True)
 
 
 def _kernel(printer: Printer, name: str, narrow: bool) -> str:
     arguments = (f"x_ptr, x_scale_ptr, x_sum_ptr, {text.plane_arguments(printer)}, bias_ptr, out_ptr, "
                  "M, N, K, KP, x_stride, tiles, steps, "
-                 + text.constexprs("BT", "BM", "STAGES", "EVEN", "PARTIAL", "HAS_BIAS", "HAS_SCALE", "DEC", "DOT", "PARTS", "SUM_LOAD", "QUADS"))  # fmt: skip
+                 + text.constexprs("BT", "BM", "STAGES", "EVEN", "PARTIAL", "HAS_BIAS", "HAS_SCALE", "DEC", "DOT",
+                                   "PARTS", "SUM_LOAD", "QUADS"))  # fmt: skip
     body = [
         *_where(printer), *([] if narrow else printer.units()), *text.begin_end(), *text.word_pointers(printer),
         *_x_pointers(printer, narrow), *_scale_pointers(printer), *_accumulators(printer, narrow),
@@ -167,7 +176,7 @@ def _sums(b: int, row: bool) -> Iterator[str]:
     yield f"    xs = x{b}.to(DOT)"
     yield f"sum_x = tl.dot(xs, ones{', sum_x' if row else ''})"
     yield "if PARTS == 2:"
-    yield f"    sum_x = tl.dot(rest, ones, sum_x)"
+    yield "    sum_x = tl.dot(rest, ones, sum_x)"
 
 
 def _column(printer: Printer, expr: sympy.Expr, unit: bool = True) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def decode_weight(kernels: TritonKernels, planes: list[torch.Tensor], out: torch.Tensor, tile: tiles.Tile) -> None:
+def decode_weight(kernels: TritonKernels, planes: Sequence[torch.Tensor], out: torch.Tensor, tile: tiles.Tile) -> None:
     """Fills ``out[N, K]`` with the weight of ``planes``."""
     n, k = out.shape
     kp, count = kernels.scheme.format.padded(n, k)[1], ceil(n, TILE_N)
@@ -54,7 +55,7 @@ class Call:
     def tile_count(self) -> int:
         return ceil(self.n, TILE_N)
 
-    def linear(self, x: torch.Tensor, planes: list[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def linear(self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """Writes ``out[M, N]`` for ``x[M, K]`` whose rows are contiguous."""
         tile = self.variant.tile
         if tile.kernel == "decode":
@@ -76,7 +77,7 @@ class Call:
         each = ceil(steps, parts)
         return ceil(steps, each), each
 
-    def _gemv(self, x: torch.Tensor, planes: list[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def _gemv(self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor) -> None:
         tile = self.variant.tile
         grid = ceil(self.tile_count, tile.tiles)
         parts, each = self._split(grid, ceil(self.kp, tile.step), 1)
@@ -89,7 +90,7 @@ class Call:
         if parts > 1:
             self._reduce(target, bias, out)
 
-    def _product(self, x: torch.Tensor, planes: list[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def _product(self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor) -> None:
         tile, (count, size) = self.variant.tile, blocks(self.kernels.printer)
         scale = sums = None
         width = self.k

@@ -27,7 +27,7 @@ def content_hash(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(source: str) -> ModuleType:
     """The module of ``source``. The file appears whole (``os.replace``), so processes may race for it.
 
@@ -69,7 +69,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def triton_version() -> tuple[int, int]:
     """(major, minor) of the installed Triton."""
     import triton

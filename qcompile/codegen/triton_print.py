@@ -21,7 +21,7 @@ import sympy
 import torch
 
 from ..errors import FormatError
-from ..formats.algebra import Affine, affine, gen_table
+from ..formats.algebra import Affine, affine
 from ..formats.spec import ROW, Codebook, FormatSpec, Plane
 
 FP16_LIFT, FP16_UNIT = 2.0**15, 2.0**9
@@ -38,7 +38,7 @@ class Linear:
     factor: float
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def linear_gen(spec: FormatSpec) -> Linear | None:
     """The linear form of ``gen`` when 8-bit lanes can hold its sum of codes and bfloat16 its values exactly."""
     form = affine(spec)
@@ -125,7 +125,7 @@ class Printer:
     def check(self) -> None:
         """Raises :class:`FormatError` when scales change inside one group of words or at odd places."""
         period = self.spec.period
-        if period != ROW and (period % self.group or period & (period - 1)):
+        if period != ROW and (period < 16 or period % self.group or period & (period - 1)):
             raise FormatError(f"format {self.spec.name!r}: no Triton kernel for scales that change every {period} weights; its "
                               f"words hold {self.group}, so use a power of two from {max(self.group, 16)} on")  # fmt: skip
 

@@ -1,0 +1,92 @@
+"""Compiling, caching and loading of generated C++, and the instructions that come out of it."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import which
+
+import pytest
+
+from qcompile.codegen import cpp_build
+from qcompile.codegen.cpp import cpu_kernels
+from qcompile.errors import KernelBuildError
+from qcompile.formats import REGISTRY, Scheme
+
+
+def cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def test_register_tables_and_dot_products_are_used() -> None:
+    """A table must not become loads from memory, and products must be the wide ones."""
+    if which("objdump") is None:
+        pytest.skip("objdump (binutils) is not installed")
+    if not {"avx512bw", "avx512_bf16", "avx512_vnni"} <= cpu_flags():
+        pytest.skip("this CPU has no AVX-512 with BF16 and VNNI")
+    wanted = {"int4_g128": {"vpermps", "vpermw", "vdpbf16ps", "vfmadd231ps"}, "int4_g128+int8": {"vpdpbusd"},
+              "int8+int8": {"vpdpbusd"}, "fp8_e4m3": {"vcvtph2ps", "vdpbf16ps"}}  # fmt: skip
+    for name, opcodes in wanted.items():
+        fmt, _, activations = name.partition("+")
+        path = cpu_kernels(Scheme(REGISTRY[fmt], activations or None)).path
+        listing = subprocess.check_output(["objdump", "-d", "--no-show-raw-insn", path], text=True)
+        assert not [op for op in opcodes if op not in listing], name
+        assert "vgatherdps" not in listing and "vpgatherdd" not in listing
+
+
+SMALL = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path))
+    return tmp_path / "cpp"
+
+
+def test_library_is_built_once_and_again_when_damaged(cache: Path) -> None:
+    library, path = cpp_build.load_library(SMALL)
+    assert library.answer() == 42 and path.parent == cache
+    built = path.stat().st_mtime_ns
+    assert cpp_build.load_library(SMALL)[1].stat().st_mtime_ns == built
+    path.with_suffix(".sha256").unlink()
+    assert cpp_build.load_library(SMALL)[1].stat().st_mtime_ns > built
+    damaged = path.read_bytes()[:1000]
+    path.unlink()
+    path.write_bytes(damaged)
+    assert cpp_build.load_library(SMALL)[0].answer() == 42 and path.stat().st_size > 1000
+    assert not list(cache.glob("tmp*"))
+
+
+def test_two_builders_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds, build, start = [], cpp_build._build, threading.Barrier(2)
+
+    def counted(source: str, cxx: str, flags: tuple[str, ...], library: Path) -> None:
+        builds.append(library)
+        build(source, cxx, flags, library)
+
+    monkeypatch.setattr(cpp_build, "_build", counted)
+
+    def load() -> int:
+        start.wait()
+        return int(cpp_build.load_library(SMALL)[0].answer())
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [f.result() for f in [pool.submit(load), pool.submit(load)]] == [42, 42]
+    assert len(builds) == 1
+
+
+def test_build_errors_say_what_failed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KernelBuildError, match=r"(?s)command: .*-O3.*source: .*\.cpp.*error: .*nonsense"):
+        cpp_build.load_library("int f() { return nonsense; }")
+    monkeypatch.setattr(cpp_build, "compiler", lambda: "/nowhere/g++")
+    with pytest.raises(KernelBuildError, match=r"(?s)cannot run the C.. compiler.*command: /nowhere/g"):
+        cpp_build.load_library(SMALL)
+    monkeypatch.undo()
+    (cache.parent / "file").write_text("")
+    monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(cache.parent / "file"))
+    with pytest.raises(KernelBuildError, match=r"cannot write compiled kernels.*QCOMPILE_CACHE_DIR"):
+        cpp_build.load_library(SMALL)
