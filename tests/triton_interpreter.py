@@ -47,8 +47,9 @@ def correct_bfloat16() -> None:
     def binary_op(self, lhs, rhs, op):  # type: ignore[no-untyped-def]
         if lhs.get_element_ty() != tl.bfloat16 or op not in (np.add, np.subtract, np.multiply):
             return original(self, lhs, rhs, op)
-        wide = op(*(torch.from_numpy(widened(h.data)).numpy() for h in (lhs, rhs)))
-        rounded = torch.from_numpy(np.ascontiguousarray(wide)).to(torch.bfloat16).view(torch.int16).numpy()
+        with np.errstate(over="ignore"):
+            wide = op(widened(lhs.data), widened(rhs.data))
+        rounded = torch.from_numpy(np.array(wide)).to(torch.bfloat16).view(torch.int16).numpy()
         return TensorHandle(rounded.view(np.uint16), lhs.dtype.scalar)
 
     InterpreterBuilder.binary_op = binary_op
@@ -59,19 +60,25 @@ def widened(bits: np.ndarray) -> np.ndarray:
 
 
 def all_codes(spec: FormatSpec, n: int, k: int) -> list[torch.Tensor]:
-    """Planes of an N×K weight in which every code that stands for a value occurs, with random scales."""
+    """Planes of an N×K weight in which every code that stands for a value occurs, with random scales.
+
+    Scales are small where values are large, so that sums fit float16.
+    """
     cols = spec.padded(n, k)[1]
+    table = gen_table(spec) if len(spec.codes) == 1 else torch.tensor([32.0])
+    finite = torch.isfinite(table)
+    size = max(float(table[finite].abs().max()), 8.0) / 8
     at = torch.arange(n)[:, None] * 37 + torch.arange(cols)[None, :] * (1 + torch.arange(n)[:, None] % 3 * 2)
     planes = []
     for i, p in enumerate(spec.planes):
         if p.is_code:
             code = (at >> (2 * i) if len(spec.codes) > 1 else at) % 2**p.bits
-            if len(spec.codes) == 1 and not torch.isfinite(gen_table(spec)).all():
-                code = torch.where(torch.isfinite(gen_table(spec))[code], code, 0)
+            if not finite.all():
+                code = torch.where(finite[code], code, 0)
             entries = code.to(torch.uint8)
             entries = entries.view(torch.int8) if p.dtype == "i8" else entries
         else:
-            entries = torch.rand(n, 1 if p.per == ROW else cols // p.per) + 0.5
+            entries = (torch.rand(n, 1 if p.per == ROW else cols // p.per) + 0.5) / size
         planes.append(pack_plane(p, entries, spec.plane_shape(p, n, k)))
     return planes
 
