@@ -46,7 +46,10 @@ def test_all_linears_of_the_encoder_are_quantized_and_embeddings_agree(policy: s
     assert float((out * reference).sum(-1).mean()) >= bound
     assert counters["graph_break"] == {}
     eager = model(**batch)
-    assert (out - eager).norm() <= 1e-3 * eager.norm()
+    # Rounding activations to int8 is not continuous: last-bit differences between fused and eager arithmetic move codes, so
+    # there the two may differ by as much as rounding moves either from float; without it they are the same computation.
+    bound = (out - reference).norm() if policy == "int8_dynamic" else 1e-3 * eager.norm()
+    assert (out - eager).norm() <= bound
 
 
 @pytest.mark.parametrize(
