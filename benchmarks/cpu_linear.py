@@ -1,15 +1,16 @@
 """Generated CPU kernels of one linear layer against ``torch.compile``\\ d ``F.linear`` in the same run.
 
 All candidates of a shape and row count are timed in turn, round after round, each with the next of its copies of the
-weight, so that no weight is found in a cache and drifts of the machine meet all of them. A call counts only if this
-process had all of its threads' cores throughout (OpenMP threads spin, so its CPU time is threads × wall time), which
-makes measurements on a shared machine repeatable. A ratio is median baseline time / median candidate time.
+weight, so that no weight is found in a cache and drifts of the machine meet all of them. A call counts only if no thread
+of this process was switched out meanwhile (OpenMP threads spin), which makes measurements on a shared machine
+repeatable. A ratio is median baseline time / median candidate time.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -116,13 +117,18 @@ def _interleaved(candidates: Sequence[Candidate], x: torch.Tensor, seconds: floa
             )
         for c, own in zip(candidates, times, strict=True):
             call = c.calls[turn % len(c.calls)]
-            begin, cpu = time.perf_counter(), time.process_time()
+            begin, switches = time.perf_counter(), _switches()
             call(x)
-            wall, used = time.perf_counter() - begin, time.process_time() - cpu
-            if used > 0.93 * wall * torch.get_num_threads():
+            wall = time.perf_counter() - begin
+            if _switches() == switches:
                 own.append(wall)
         turn += 1
     return times
+
+
+def _switches() -> int:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_nvcsw + usage.ru_nivcsw
 
 
 def table(results: Sequence[Result]) -> str:

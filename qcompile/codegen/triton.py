@@ -120,7 +120,8 @@ class TritonKernels:
         if interpreting() and variant is None:
             chosen = interpreted(chosen)
         if out.numel():
-            Call(self, chosen, int(target.arch), n, k, kp).linear(flat, planes, bias, out)
+            with torch.cuda.device_of(x):
+                Call(self, chosen, int(target.arch), n, k, kp).linear(flat, planes, bias, out)
         return out.reshape(*x.shape[:-1], n)
 
     def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -128,7 +129,8 @@ class TritonKernels:
         out = torch.empty(n, k, dtype=dtype, device=planes[0].device)
         self._target(out)
         if out.numel():
-            decode_weight(self, planes, out, tiles.decode_tile(self.printer.group, self.scheme.format.period))
+            with torch.cuda.device_of(out):
+                decode_weight(self, planes, out, tiles.decode_tile(self.printer.group, self.scheme.format.period))
         return out
 
     def _target(self, x: torch.Tensor) -> Target:

@@ -17,10 +17,12 @@ PREFIX = "qcompile_triton_"
 
 
 def source_folder() -> Path:
-    """Where generated modules lie: ``$QCOMPILE_CACHE_DIR/triton``, else under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    chosen = os.environ.get("QCOMPILE_CACHE_DIR")
-    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcompile"
-    return base / "triton"
+    """Where generated modules lie: ``$QCOMPILE_CACHE_DIR/triton``, else the user's cache folder."""
+    if root := os.environ.get("QCOMPILE_CACHE_DIR"):
+        return Path(root) / "triton"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("qcompile")) / "triton"
 
 
 def content_hash(source: str) -> str:

@@ -60,6 +60,7 @@ def linear_gen(spec: FormatSpec) -> Linear | None:
     return Linear(weights, float(offset), float(factor))
 
 
+@functools.cache
 def minifloat_gen(spec: FormatSpec) -> Codebook | None:
     """The codebook when ``gen`` is one lookup in a signed minifloat whose table has the OCP values."""
     gen = affine(spec).gen
@@ -91,20 +92,20 @@ class Printer:
 
     spec: FormatSpec
 
-    @property
+    @functools.cached_property
     def form(self) -> Affine:
         return affine(self.spec)
 
-    @property
+    @functools.cached_property
     def slots(self) -> int:
         return max(8 // p.bits for p in self.spec.codes)
 
-    @property
+    @functools.cached_property
     def group(self) -> int:
         """Weights of a group, 4·S."""
         return 4 * self.slots
 
-    @property
+    @functools.cached_property
     def words(self) -> tuple[tuple[Plane, int], ...]:
         return tuple((p, r) for p in self.spec.codes for r in range(self.words_of(p)))
 
@@ -112,12 +113,12 @@ class Printer:
         """Words of ``plane`` in one group."""
         return self.slots * plane.bits // 8
 
-    @property
+    @functools.cached_property
     def exact16(self) -> bool:
         """Whether 16-bit lanes hold every value of ``gen`` exactly, in float16 and in bfloat16."""
         return linear_gen(self.spec) is not None or minifloat_gen(self.spec) is not None
 
-    @property
+    @functools.cached_property
     def wide(self) -> str:
         """The type that kernels without a matrix product decode to: the narrowest that is exact."""
         return "float16" if self.exact16 else "float32"

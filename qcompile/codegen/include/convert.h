@@ -166,12 +166,11 @@ QC_INLINE vi pair_rounded(vf even, vf odd) {
 QC_INLINE void store_float(float* to, vf a) { store(to, a); }
 
 QC_INLINE void store_float(Bfloat* to, vf a) {
-  const vi high = round_to_bf16(a);
 #if defined(QC_AVX512)
-  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)high.p[0], 16)));
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)round_to_bf16(a).p[0], 16)));
 #else
   int32_t lanes[LANES];
-  store(lanes, high);
+  store(lanes, round_to_bf16(a));
   for (int l = 0; l < LANES; ++l) to[l].bits = (uint16_t)((uint32_t)lanes[l] >> 16);
 #endif
 }

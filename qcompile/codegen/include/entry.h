@@ -60,16 +60,21 @@ struct Prepared {
     own = scratch.take<float>(few ? 0 : job.threads * panel_scratch<F, D>());
   }
 
-  // Row m of x; rows that only fill up the width are zero.
   void row(const Job& job, const Input& in, int64_t m) {
     X* out = x + m * (direct ? in.stride : job.k);
-    if (m < job.m && !direct) {
+    if (!direct) {
       const float scale = convert_any(in, job, m, out);
       if (F::ACTIVATIONS != AS_GIVEN) scales[m] = scale;
     }
-    if (m < job.m && sums) sum_spans(out, span_of<F>(job.k), job.spans, float_sums + m * job.spans, int_sums + m * job.spans);
-    if (width > 1)
-      for (int64_t i = 0; i < job.k / WORD; ++i) packed[i * width + m] = m < job.m ? ((const int32_t*)out)[i] : 0;
+    if (sums) sum_spans(out, span_of<F>(job.k), job.spans, float_sums + m * job.spans, int_sums + m * job.spans);
+  }
+
+  // Words from … to of every row, interleaved; rows that only fill up the width are zero. Threads divide words, not
+  // rows, because neighbours in `packed` share cache lines.
+  void interleave(const Job& job, const Input& in, int64_t from, int64_t to) {
+    const int64_t stride = (direct ? in.stride : job.k) / WORD;
+    for (int64_t i = from; i < to; ++i)
+      for (int64_t m = 0; m < width; ++m) packed[i * width + m] = m < job.m ? ((const int32_t*)x)[m * stride + i] : 0;
   }
 
   static float convert_any(const Input& in, const Job& job, int64_t m, X* out) {
@@ -97,9 +102,14 @@ static int run(Job job, const Input& in, const typename F::Planes& planes) {
   job.int_sums = p.int_sums;
 #pragma omp parallel num_threads(job.threads)
   {
-    if (!p.direct || p.sums || p.width > 1) {
+    if (!p.direct || p.sums) {
 #pragma omp for
-      for (int64_t m = 0; m < (p.few ? p.width : job.m); ++m) p.row(job, in, m);
+      for (int64_t m = 0; m < job.m; ++m) p.row(job, in, m);
+    }
+    if (p.width > 1) {
+      const int64_t words = job.k / p.WORD, chunk = 64;
+#pragma omp for
+      for (int64_t i = 0; i < words; i += chunk) p.interleave(job, in, i, i + chunk < words ? i + chunk : words);
     }
     if (p.few) few_rows<F, D>(job, planes);
     else many_rows<F, D>(job, planes, p.own + omp_get_thread_num() * panel_scratch<F, D>());

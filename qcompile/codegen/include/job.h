@@ -41,6 +41,7 @@ QC_INLINE vf load_any(const void* from, int dtype, int64_t at, int64_t count) {
 template <class S>
 QC_INLINE void store_some(S* to, vf value, int64_t count) {
   if (count >= LANES) return store_float(to, value);
+  if (count <= 0) return;
   S part[LANES];
   store_float(part, value);
   memcpy(to, part, (size_t)count * sizeof(S));
