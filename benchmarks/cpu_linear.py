@@ -1,16 +1,14 @@
 """Generated CPU kernels of one linear layer against ``torch.compile``\\ d ``F.linear`` in the same run.
 
 All candidates of a shape and row count are timed in turn, round after round, each with the next of its copies of the
-weight, so that no weight is found in a cache and drifts of the machine meet all of them. A call counts only if no thread
-of this process was switched out meanwhile (OpenMP threads spin), which makes measurements on a shared machine
-repeatable. A ratio is median baseline time / median candidate time.
+weight, so that no weight is found in a cache and drifts of the machine meet all of them. A ratio is the median over
+rounds of baseline time / candidate time in that round; ``low`` and ``high`` are the quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -41,8 +39,10 @@ class Result:
     variant: str
     ms: float
     speedup: float
+    low: float
+    high: float
     gb_per_s: float
-    samples: int
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -97,38 +97,28 @@ def measure(
             x = torch.randn(m, k).to(dtype)
             times = _interleaved(candidates, x, seconds * len(candidates))
             for c, own in zip(candidates, times, strict=True):
+                ratios = [a / b for a, b in zip(times[0], own, strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4)
                 ms = statistics.median(own)
-                speedup = statistics.median(times[0]) / ms
-                results.append(Result(c.label, n, k, m, c.variant(m), ms * 1e3, speedup, c.nbytes / ms / 1e9, len(own)))
+                results.append(Result(c.label, n, k, m, c.variant(m), ms * 1e3, middle, low, high, c.nbytes / ms / 1e9, len(own)))
     return results
 
 
 def _interleaved(candidates: Sequence[Candidate], x: torch.Tensor, seconds: float) -> list[list[float]]:
-    """Undisturbed times of every candidate, at least seven each. Raises ``RuntimeError`` when the machine is too busy."""
+    """Times of every candidate in at least seven rounds."""
     for c in candidates:
         for call in c.calls:
             call(x)
     times: list[list[float]] = [[] for _ in candidates]
     start, turn = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds or min(map(len, times)) < 7:
-        if time.perf_counter() - start > 30 * seconds:
-            raise RuntimeError(
-                f"other processes took the cores from {[len(t) for t in times]} of {turn} calls; try later"
-            )
+    while time.perf_counter() - start < seconds or turn < 7:
         for c, own in zip(candidates, times, strict=True):
             call = c.calls[turn % len(c.calls)]
-            begin, switches = time.perf_counter(), _switches()
+            begin = time.perf_counter()
             call(x)
-            wall = time.perf_counter() - begin
-            if _switches() == switches:
-                own.append(wall)
+            own.append(time.perf_counter() - begin)
         turn += 1
     return times
-
-
-def _switches() -> int:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_nvcsw + usage.ru_nivcsw
 
 
 def table(results: Sequence[Result]) -> str:

@@ -136,6 +136,7 @@ def schedule(step: int) -> float:
     return min((step + 1) / warm, (STEPS - step) / (STEPS - warm))
 
 
+@torch.enable_grad()
 def train(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
     """STEPS steps on windows drawn from `ids`, a vector of token ids: float32 weights, bfloat16 autocast."""
     draw = torch.Generator().manual_seed(SEED)

@@ -131,6 +131,5 @@ def _decoded(spec: FormatSpec, planes: Planes, n: int, k: int, dtype: torch.dtyp
     step = max(1, CHUNK_ELEMENTS // k // TILE_N) * TILE_N
     for start in range(0, n, step):
         part = out[start : start + step]
-        tiles = slice(start // TILE_N, -(-(start + len(part)) // TILE_N))
-        part.copy_(reference.decode(spec, [p[tiles] for p in planes], len(part), k))
+        part.copy_(reference.decode(spec, reference.tile_rows(spec, planes, start, len(part)), len(part), k))
     return out

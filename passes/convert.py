@@ -24,7 +24,7 @@ ORIGINALS = "_qcompile_originals"
 class Conversion:
     """One parameter to pack: every slot that holds it, the scheme, and who hears of the result.
 
-    ``planes`` are those of the packed weight where a calibration has rounded it (None: round to nearest).
+    ``looked_up``: it is an embedding's table, which no calibration rounds. ``planes`` are those of the packed weight where a calibration has rounded it (None: round to nearest).
     ``done(packed, bytes before, SQNR in dB)`` is called once it is stored.
     """
 
@@ -35,6 +35,7 @@ class Conversion:
     keep: bool
     done: Callable[[QuantizedTensor, int, float], None]
     planes: tuple[torch.Tensor, ...] | None = None
+    looked_up: bool = False
 
     def run(self) -> None:
         """Packs and stores; the float original goes when its last holder lets go. Raises ``WeightError`` naming the layer."""

@@ -26,6 +26,8 @@ from .siblings import siblings
 
 GRAD = "the weight requires grad in grad mode; call under torch.no_grad(), or model.requires_grad_(False)"
 
+TABLE = "rows of an embedding are to change least themselves"
+
 Done = Callable[[QuantizedTensor, int, float], None]
 
 
@@ -72,14 +74,15 @@ class Compilation:
             for sibling in siblings(self.owners, self.root, owned):
                 self._decide([sibling.rename(s) for s in loose], found)
         if self.options.rounding == "gptq":
-            _warn_of_nearest([c.layer for c in found.values() if c.planes is None])
+            _warn_of_nearest([c.layer for c in found.values() if c.planes is None and not c.looked_up])
         if self.options.strict:
             self.recorder.plan.require_all()
         return list(found.values())
 
     def _decide(self, sites: list[Site], found: dict[int, Conversion]) -> None:
         """Asks the policy about float ``sites``; adds to ``found``, by parameter, what it wants packed."""
-        for decision in self.options.policy.decide(sites, self.target):
+        names = [name for name, _ in self.root.named_modules()] if self.root is not None else ()
+        for decision in self.options.policy.decide(sites, self.target, names):
             slots = self._slots(decision.site)
             parameter = slots[0].get() if slots else None
             if isinstance(parameter, QuantizedTensor):
@@ -89,16 +92,19 @@ class Compilation:
                 continue
             done = _recording(self.recorder, decision, self.rounding)
             if (earlier := found.get(id(parameter))) is not None:
-                found[id(parameter)] = dataclasses.replace(earlier, done=_each(earlier.done, done))
+                looked_up = earlier.looked_up or not decision.site.is_linear
+                found[id(parameter)] = dataclasses.replace(earlier, done=_each(earlier.done, done), looked_up=looked_up)
             else:
                 found[id(parameter)] = Conversion(decision.site.name, slots, decision.scheme, decision.site.transposed,
-                                                  self.options.weights == "keep", done)  # fmt: skip
+                                                  self.options.weights == "keep", done,
+                                                  looked_up=not decision.site.is_linear)  # fmt: skip
 
     def _calibrated(self, found: dict[int, Conversion]) -> dict[int, Conversion]:
         """The conversions of this graph's weights, with planes that GPTQ found on the inputs of the call."""
         assert self.rounding is not None
-        weights = {name: Weight(found[id(v)].layer, found[id(v)].scheme.format)
-                   for name, v in self.values.items() if id(v) in found}  # fmt: skip
+        here = {name: found[id(v)] for name, v in self.values.items() if id(v) in found}
+        self.rounding |= {self.owners.name(self.values[name]) or "": TABLE for name, c in here.items() if c.looked_up}
+        weights = {name: Weight(c.layer, c.scheme.format) for name, c in here.items() if not c.looked_up}
         made: dict[int, Conversion] = {}
         for name, result in rounded(self.gm, self.example_inputs, weights).items():
             parameter = self.values[name]

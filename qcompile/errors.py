@@ -56,5 +56,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(set(known))
     close = get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
-    shown = ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
+    shown = ", ".join(names[:100]) + (", …" if len(names) > 100 else "")
     return f"{hint}Known: {shown}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -21,6 +22,11 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """``x [..., K]`` (fp32, fp16, bf16) times the weight's transpose, plus ``bias [N]`` → ``[..., N]`` in x's dtype."""
 
+    def rows(
+        self, planes: Sequence[torch.Tensor], indices: torch.Tensor, n: int, k: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Rows ``indices`` (integers 0 … N − 1, any shape) of the ``[N, K]`` weight: ``[*indices.shape, K]`` in ``dtype``."""
+
     def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight ``[N, K]`` in ``dtype``."""
 
@@ -30,6 +36,9 @@ def for_scheme(scheme: Scheme, device_type: str) -> Kernels:
 
     Raises :class:`~qcompile.errors.KernelBuildError` when the generated code does not compile.
     """
+    if scheme.format.permuted:
+        in_order = replace(scheme, format=replace(scheme.format, permuted=False))
+        return Permuted(for_scheme(in_order, device_type))
     if device_type == "cuda":
         from .codegen.triton import triton_kernels
 
@@ -37,6 +46,35 @@ def for_scheme(scheme: Scheme, device_type: str) -> Kernels:
     from .codegen.cpp import cpu_kernels
 
     return cpu_kernels(scheme)
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """Kernels of a format that stores the weight's columns in another order: the last plane, ``order`` int32 ``[K]``, says
+    which column is where. x is put into that order before the product; decoded rows are put back."""
+
+    inner: Kernels
+
+    @property
+    def source(self) -> str:
+        return self.inner.source
+
+    def linear(
+        self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, n: int
+    ) -> torch.Tensor:
+        return self.inner.linear(x.index_select(-1, planes[-1]), planes[:-1], bias, n)
+
+    def rows(
+        self, planes: Sequence[torch.Tensor], indices: torch.Tensor, n: int, k: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return _put_back(self.inner.rows(planes[:-1], indices, n, k, dtype), planes[-1])
+
+    def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+        return _put_back(self.inner.decode(planes[:-1], n, k, dtype), planes[-1])
+
+
+def _put_back(stored: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(stored).index_copy_(-1, order.long(), stored)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from . import kernels
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor[] planes, Tensor? bias, str scheme, int n) -> Tensor")
+_library.define("rows(Tensor[] planes, Tensor indices, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _library.define("decode(Tensor[] planes, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,8 +31,19 @@ def _decode(planes: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: 
     return kernels.for_key(scheme, planes[0].device.type).decode(planes, n, k, dtype)
 
 
+def _rows(
+    planes: Sequence[torch.Tensor], indices: torch.Tensor, scheme: str, n: int, k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    if indices.is_cuda:
+        torch._assert_async(((indices >= 0) & (indices < n)).all(), f"embedding: an index is outside 0 … {n - 1}")
+    elif indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < n:
+        raise IndexError(f"embedding: indices reach from {int(indices.min())} to {int(indices.max())}, the table has {n} rows")
+    return kernels.for_key(scheme, planes[0].device.type).rows(planes, indices, n, k, dtype)
+
+
 for _device in ("CPU", "CUDA"):
     _library.impl("linear", _linear, _device)
+    _library.impl("rows", _rows, _device)
     _library.impl("decode", _decode, _device)
 
 
@@ -40,6 +52,13 @@ def _linear_fake(
     x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, scheme: str, n: int
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("qcompile::rows")
+def _rows_fake(
+    planes: Sequence[torch.Tensor], indices: torch.Tensor, scheme: str, n: int, k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return planes[0].new_empty((*indices.shape, k), dtype=dtype)
 
 
 @torch.library.register_fake("qcompile::decode")
@@ -69,4 +88,5 @@ def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("qcompile::linear", _linear_backward, setup_context=_save)
 
 linear = torch.ops.qcompile.linear.default
+rows = torch.ops.qcompile.rows.default
 decode = torch.ops.qcompile.decode.default

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,6 +33,11 @@ ROLES = (
 
 SCHEMA = 1
 """Version of the JSON that plans are saved as."""
+
+
+class CatchesAll(Protocol):
+    @property
+    def catches_all(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,15 @@ class Site:
     @property
     def is_linear(self) -> bool:
         return self.operator in LINEAR
+
+    @property
+    def is_packable(self) -> bool:
+        """Whether kernels for packed weights exist: linear layers and embeddings."""
+        return self.is_linear or self.operator == "embedding"
+
+    def takes(self, rule: CatchesAll) -> bool:
+        """Whether a rule that matches speaks for the site: one for all layers means linear ones only."""
+        return self.is_linear or not rule.catches_all
 
     @property
     def key(self) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from .errors import PolicyError, UnknownFormatError
 from .formats import FormatSpec, Scheme, scheme_of
+from .gguf_presets import ALWAYS, GGUF_PRESETS, Place, places
 from .plan import ROLES, Decision, Site
 from .presets import DEFAULT, PRESETS, default_preset
 from .rules import Rule, rules_from, scheme_from, scheme_named
@@ -24,11 +25,13 @@ WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass
 class _Choice:
-    """A site, the rule that speaks for it, and why a ``tie`` to another site leaves it as it is, if so."""
+    """A site, the rule that speaks for it, why a ``tie`` to another site leaves it as it is, if so, and whether it has the
+    rule because it ``shared`` a weight."""
 
     site: Site
     rule: Rule | None
     tie: str | None = None
+    shared: bool = False
 
 
 class Policy:
@@ -52,7 +55,7 @@ class Policy:
         return hash(self.key)
 
     def __repr__(self) -> str:
-        rules = ", ".join(f"{r.pattern!r}: {r.label!r}" for r in self.rules)
+        rules = ", ".join(f"{r.pattern!r}: {r.label!r}{f' ({r.when})' if r.when else ''}" for r in self.rules)
         return f"Policy({self.name}: {{{rules}}})"
 
     @staticmethod
@@ -60,19 +63,20 @@ class Policy:
         """A policy from what a user writes.
 
         None: fp8 where the device computes it, else int8. A string: a preset ("fp8", "int8", "int4", "mixed",
-        each of the first three also with "_dynamic"), any registered format, or "float". A :class:`Scheme` or
-        :class:`FormatSpec`: every linear layer. A mapping, or a sequence of pairs, from pattern to value:
-        ordered rules; values are formats' names, Schemes, FormatSpecs, or "fp16", "bf16", "fp32", "float",
-        None for "leave it in floating point". Raises :class:`PolicyError` for malformed values and a pattern
-        that comes twice, :class:`~qcompile.errors.UnknownFormatError` for unknown names.
+        each of the first three also with "_dynamic"), a mixture of llama.cpp's ("Q4_K_M"), any registered format,
+        or "float". A :class:`Scheme` or :class:`FormatSpec`: every linear layer. A mapping, or a sequence of
+        pairs, from pattern to value: ordered rules; values are formats' names, Schemes, FormatSpecs, or "fp16",
+        "bf16", "fp32", "float", None for "leave it in floating point". Raises :class:`PolicyError` for malformed
+        values and a pattern that comes twice, :class:`~qcompile.errors.UnknownFormatError` for unknown names.
         """
         if isinstance(value, Policy):
             return value
         if value is None:
             return Policy(DEFAULT, (), explicit=False)
         if isinstance(value, str):
-            pairs = PRESETS.get(value, (("*", value),))
-            return Policy(value, [Rule(p, scheme_named(v, PRESETS)) for p, v in pairs], explicit=False)
+            names = {*PRESETS, *GGUF_PRESETS}
+            lines = GGUF_PRESETS.get(value) or PRESETS.get(value, (("*", value),))
+            return Policy(value, [Rule(p, scheme_named(v, names), *when) for p, v, *when in lines], explicit=False)
         if isinstance(value, (Scheme, FormatSpec)):
             scheme = scheme_from("*", value)
             assert scheme is not None
@@ -81,8 +85,10 @@ class Policy:
 
     def as_dict(self) -> dict[str, Any]:
         """The policy as JSON types; a scheme is written as its operator key (format, fingerprint,
-        activations)."""
-        rules = [{"pattern": r.pattern, "scheme": r.outcome} for r in self.rules]
+        activations), a condition only where a rule has one."""
+        rules = [
+            {"pattern": r.pattern, "scheme": r.outcome} | ({"when": r.when} if r.when else {}) for r in self.rules
+        ]
         return {"name": self.name, "explicit": self.explicit, "rules": rules}
 
     def to_json(self) -> str:
@@ -95,7 +101,10 @@ class Policy:
         for other JSON."""
         try:
             content = json.loads(text)
-            rules = [Rule(r["pattern"], scheme_of(r["scheme"]) if r["scheme"] else None) for r in content["rules"]]
+            rules = [
+                Rule(r["pattern"], scheme_of(r["scheme"]) if r["scheme"] else None, r.get("when", ALWAYS))
+                for r in content["rules"]
+            ]
             return Policy(content["name"], rules, content["explicit"])
         except UnknownFormatError:
             raise
@@ -109,14 +118,18 @@ class Policy:
         preset = default_preset(target.computes_fp8)
         return Policy(f"{DEFAULT} ({preset})", Policy.parse(preset).rules, explicit=False)
 
-    def decide(self, sites: Sequence[Site], target: Target) -> list[Decision]:
-        """One decision for each site, in order. Sites that share a weight get one outcome.
+    def decide(self, sites: Sequence[Site], target: Target, module_names: Collection[str] = ()) -> list[Decision]:
+        """One decision for each site, in order. Sites that share a weight get one outcome. ``module_names`` are
+        all of the model's modules: rules that depend on a layer's position count them (see
+        :func:`~qcompile.gguf_presets.places`).
 
         Raises :class:`PolicyError` when rules contradict each other on a fused layer or a tied weight, and
         when a rule of the user's asks to quantize a weight that is not float32, float16 or bfloat16.
         """
         policy = self.resolved(target)
-        choices = [_Choice(site, policy._first(site)) for site in sites]
+        conditional = any(rule.when for rule in policy.rules)
+        at = places(sites, module_names) if conditional else [None] * len(sites)
+        choices = [_Choice(site, policy._first(site, place)) for site, place in zip(sites, at, strict=True)]
         tied: dict[str, list[_Choice]] = defaultdict(list)
         for choice in choices:
             if choice.site.storage is not None:
@@ -124,11 +137,11 @@ class Policy:
         for group in tied.values():
             if len(group) > 1:
                 policy._unite(group)
-        return [policy._decision(choice.site, choice.rule, choice.tie) for choice in choices]
+        return [policy._decision(choice.site, choice.rule, choice.tie, choice.shared) for choice in choices]
 
-    def _first(self, site: Site) -> Rule | None:
+    def _first(self, site: Site, place: Place | None) -> Rule | None:
         """The first rule that matches; checks that the roles of a fused layer ask for one thing."""
-        first = next((r for r in self.rules if r.matches(site)), None)
+        first = next((r for r in self.rules if r.matches(site, place)), None)
         if not self.explicit or first is None or first.catches_all:
             return first
         for role in sorted(site.roles):
@@ -146,9 +159,10 @@ class Policy:
         return first
 
     def _unite(self, group: list[_Choice]) -> None:
-        """One outcome for sites of one weight: the earliest specific rule's, else the catch-all's. An
-        embedding keeps the weight in floating point, and its partners get the reason."""
-        ruled = [(c.site, c.rule) for c in group if c.rule is not None]
+        """One outcome for sites of one weight: the earliest specific rule's, else that of the catch-all for its
+        linear layers. A site that cannot be packed keeps the weight in floating point, and its partners get the
+        reason."""
+        ruled = [(c.site, c.rule) for c in group if c.rule is not None and c.site.takes(c.rule)]
         specific = [(site, rule) for site, rule in ruled if not rule.catches_all]
         for site, rule in specific[1:] if self.explicit else ():
             other, first = specific[0]
@@ -158,16 +172,17 @@ class Policy:
                     f"{first.label} and rule {rule.pattern!r} says {rule.label}. Give both one value"
                 )
         winner = min((rule for _, rule in specific or ruled), key=self.rules.index, default=None)
-        holder = next((c.site for c in group if not c.site.is_linear), None)
+        holder = next((c.site for c in group if not c.site.is_packable), None)
         for choice in group:
-            if not choice.site.is_linear:
+            if not choice.site.is_packable:
                 continue
             if choice.rule is None or winner is None or choice.rule.outcome != winner.outcome:
                 choice.rule = winner
+            choice.shared = winner is not None
             if holder is not None:
                 choice.tie = f"the weight is tied to {holder.operator} {holder.name!r}, which stays in floating point"
 
-    def _decision(self, site: Site, rule: Rule | None, tie: str | None) -> Decision:
+    def _decision(self, site: Site, rule: Rule | None, tie: str | None, shared: bool) -> Decision:
         if rule is None:
             return Decision(site, None, self._source(None), "no rule matches")
         source = self._source(rule)
@@ -175,8 +190,10 @@ class Policy:
             return Decision(site, None, source, "the policy leaves it in floating point")
         wanted = rule.scheme if self._means(rule, site, tie is not None) else None
         reason = site.unsupported or tie
-        if reason is None and not site.is_linear:
+        if reason is None and not site.is_packable:
             reason = f"{site.operator} has no quantized kernel"
+        if reason is None and not shared and not site.takes(rule):
+            reason = f"rule '*' means linear layers; name {site.name!r} or 'embed_tokens' in a rule to pack it"
         if reason is None and site.dtype not in WEIGHT_DTYPES:
             reason = f"its weight is {site.dtype}, not float32, float16 or bfloat16"
             if self.explicit and not rule.catches_all:
@@ -201,7 +218,7 @@ class Policy:
             return f"{rule.pattern}: {rule.label}" if rule is not None else "no rule"
         if rule is None or rule.catches_all:
             return f"preset {self.name}"
-        return f"preset {self.name} ({rule.shown})"
+        return f"preset {self.name} ({', '.join(filter(None, (rule.shown, rule.when)))})"
 
     def unmatched(self, sites: Iterable[Site], module_names: Iterable[str] = (), whole: bool = True) -> list[Rule]:
         """Rules of a user's own policy that match no site and no module's name; unless the sites are the

@@ -27,7 +27,7 @@ PRESETS: dict[str, tuple[tuple[str, str], ...]] = {
         ("*", "int8"),
     ),
 }
-"""Embeddings and attention have no quantized kernel, so ``*`` in a preset reaches linear layers only."""
+"""``*`` means linear layers; an embedding is packed where it shares the weight of one."""
 
 DEFAULT = "default"
 """Name of the policy of a compilation that gives none: the preset below for its device."""

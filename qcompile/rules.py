@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .errors import PolicyError, UnknownFormatError
-from .formats import REGISTRY, FormatSpec, Scheme, affine
+from .errors import PolicyError, UnknownFormatError, nearest
+from .formats import REGISTRY, FormatSpec, Scheme, activations_of, find
+from .gguf_presets import ALWAYS, CONDITIONS, Place
 from .plan import Site
 from .presets import ALIASES, DYNAMIC, FLOATS
 
@@ -21,15 +22,20 @@ class Rule:
 
     A pattern is a glob over a module's name ("model.layers.*.mlp.up_proj"), over its last components
     ("mlp.up_proj", "lm_head"), or over a role ("attention.q_proj", "mlp.*"); after ``role:`` over roles
-    alone.
+    alone. ``when`` is one of :data:`~qcompile.gguf_presets.CONDITIONS` on the layer's place in the model.
     """
 
     pattern: str
     scheme: Scheme | None
+    when: str = ALWAYS
+
+    def __post_init__(self) -> None:
+        if self.when not in CONDITIONS:
+            raise PolicyError(f"rule {self.pattern!r}: {self.when!r} is no condition. {nearest(self.when, CONDITIONS)}")
 
     @property
     def catches_all(self) -> bool:
-        return self.pattern == "*"
+        return self.pattern == "*" and not self.when
 
     @property
     def label(self) -> str:
@@ -51,7 +57,10 @@ class Rule:
         """The pattern as reports show it."""
         return self.pattern.removeprefix(ROLE_ONLY)
 
-    def matches(self, site: Site) -> bool:
+    def matches(self, site: Site, place: Place | None = None) -> bool:
+        """Whether the rule speaks for ``site``; one with a condition needs to know its ``place``."""
+        if self.when and (place is None or not CONDITIONS[self.when](place)):
+            return False
         return self.matches_name(site.name) or any(map(self.matches_role, site.roles))
 
 
@@ -63,12 +72,12 @@ def scheme_named(name: str, extra: Iterable[str] = ()) -> Scheme | None:
     if name in FLOATS:
         return None
     base = name.removesuffix(DYNAMIC)
-    spec = REGISTRY.get(ALIASES.get(base, base))
+    spec = find(ALIASES.get(base, base))
     if spec is None:
         raise UnknownFormatError(name, {*ALIASES, *REGISTRY, *FLOATS, *(a + DYNAMIC for a in ALIASES), *extra})
     if base == name:
         return Scheme(spec)
-    return Scheme(spec, "int8" if affine(spec).integer else "fp8")
+    return Scheme(spec, next(iter(activations_of(spec)), "int8"))
 
 
 def scheme_from(pattern: str, value: object) -> Scheme | None:

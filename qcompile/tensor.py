@@ -13,7 +13,7 @@ import torch
 
 from . import ops
 from .errors import UnsupportedOnTensorError
-from .formats import Scheme, reference, register_scheme, scheme_of
+from .formats import Scheme, find, reference, register_scheme, scheme_of
 from .formats.layout import check_planes
 
 
@@ -35,8 +35,8 @@ class QuantizedTensor(torch.Tensor):
         cls: type[QuantizedTensor], planes: Sequence[torch.Tensor], shape: Sequence[int], dtype: torch.dtype
     ) -> QuantizedTensor:
         made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=planes[0].device)
-        for plane, tensor in zip(cls.scheme.format.planes, planes, strict=True):
-            setattr(made, f"_{plane.name}", tensor)
+        for name, tensor in zip(cls.scheme.format.part_names, planes, strict=True):
+            setattr(made, f"_{name}", tensor)
         return made
 
     @property
@@ -48,7 +48,7 @@ class QuantizedTensor(torch.Tensor):
     @property
     def planes(self) -> list[torch.Tensor]:
         """The stored planes in spec order; see :mod:`qcompile.formats.layout` for their shapes."""
-        return [getattr(self, f"_{p.name}") for p in self.scheme.format.planes]
+        return [getattr(self, f"_{name}") for name in self.scheme.format.part_names]
 
     @property
     def packed_nbytes(self) -> int:
@@ -68,13 +68,13 @@ class QuantizedTensor(torch.Tensor):
         return type(self)(planes, self.shape if shape is None else shape, dtype or self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype]]:
-        return [f"_{p.name}" for p in self.scheme.format.planes], (self.dtype,)
+        return [f"_{name}" for name in self.scheme.format.part_names], (self.dtype,)
 
     @classmethod
     def __tensor_unflatten__(
         cls, inner: dict[str, torch.Tensor], ctx: tuple[torch.dtype], outer_size: Sequence[int], outer_stride: object
     ) -> QuantizedTensor:
-        return cls([inner[f"_{p.name}"] for p in cls.scheme.format.planes], outer_size, ctx[0])
+        return cls([inner[f"_{name}"] for name in cls.scheme.format.part_names], outer_size, ctx[0])
 
     @classmethod
     def __torch_function__(
@@ -150,13 +150,11 @@ def _tensor_class(scheme: Scheme, transposed: bool) -> type[QuantizedTensor]:
 
 def __getattr__(name: str) -> type[QuantizedTensor]:
     """Classes of registered formats by name, made on demand: a cache may be read before anything was quantized."""
-    from .formats import REGISTRY
-
     match = _CLASS_NAME.fullmatch(name)
-    if match is None or match["format"] not in REGISTRY:
+    if match is None or (spec := find(match["format"])) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     activations = match["activations"].removeprefix("__act_") if match["activations"] else None
-    return tensor_class(Scheme(REGISTRY[match["format"]], activations), match["transposed"] is not None)
+    return tensor_class(Scheme(spec, activations), match["transposed"] is not None)
 
 
 def quantize(

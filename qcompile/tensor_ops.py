@@ -6,6 +6,8 @@ pack again: exact, no second rounding.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch.nn.functional as F
 
 from . import ops
 from .errors import UnsupportedOnTensorError
-from .formats import ROW, reference
-from .formats.layout import pack_plane, unpack_plane
+from .formats import ALL, ROW, Plane, reference
+from .formats.layout import by_plane, pack_plane, unpack_plane
+from .formats.spec import TILE_N
 from .tensor import QuantizedTensor, tensor_class
 
 aten = torch.ops.aten
@@ -161,24 +164,48 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _rows(w: QuantizedTensor, pick: Callable[[torch.Tensor], torch.Tensor], n: int) -> QuantizedTensor:
     """``pick`` applied to the rows ``[N, entries]`` of every plane; ``n`` rows come out."""
     spec, (rows, k) = w.scheme.format, w.nk
-    planes = [pack_plane(p, pick(unpack_plane(p, t, rows)), spec.plane_shape(p, n, k))
-              for p, t in zip(spec.planes, w.planes, strict=True)]  # fmt: skip
-    return w.with_planes(planes, (k, n) if w.transposed else (n, k))
+    planes: list[torch.Tensor] = []
+    for plane, stored in _unpacked(w):
+        entries = pick(unpack_plane(plane, stored, rows))
+        if plane.rows not in (1, ALL):
+            entries = _by_tile(entries, plane.name, w)
+        elif plane.rows == ALL:
+            entries = entries[:1]
+        planes += pack_plane(spec, dataclasses.replace(plane, rows=min(plane.rows, TILE_N)), entries, n, k)
+    return w.with_planes([*planes, *w.planes[len(planes) :]], (k, n) if w.transposed else (n, k))
+
+
+def _by_tile(entries: torch.Tensor, name: str, w: QuantizedTensor) -> torch.Tensor:
+    """One row for each 16 of ``entries``, which must agree: rows that share scales can only move together."""
+    tiles = entries[::TILE_N]
+    if not torch.equal(tiles.repeat_interleave(TILE_N, 0)[: len(entries)], entries):
+        raise UnsupportedOnTensorError(f"rows of a {w.scheme.label} weight share {name!r} in blocks; slice at multiples of a block, "
+                                       "or call .dequantize() first")  # fmt: skip
+    return tiles
+
+
+def _unpacked(w: QuantizedTensor) -> list[tuple[Plane, list[torch.Tensor]]]:
+    """Planes in spec order with their stored parts."""
+    grouped = by_plane(w.scheme.format, w.planes)
+    return [(p, grouped[p.name]) for p in w.scheme.format.planes]
 
 
 def _columns(w: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    """Weights ``start``…``stop`` along K; both must lie on group borders (``stop`` may be K)."""
+    """Weights ``start``…``stop`` along K; both must lie on borders of the longest group (``stop`` may be K)."""
     spec, (n, k) = w.scheme.format, w.nk
-    group = spec.period
-    if group != ROW and (start % group or (stop % group and stop != k)):
-        raise UnsupportedOnTensorError(f"slice {start}:{stop} along K = {k} cuts a group of {group} weights of "
-                                       f"{spec.name}; slice at multiples of {group}, or call .dequantize() first")  # fmt: skip
-    planes = []
-    for p, t in zip(spec.planes, w.planes, strict=True):
-        entries = unpack_plane(p, t, n)
-        if p.per != ROW:
-            entries = entries[:, start // p.per : -(-stop // p.per)]
-        planes.append(pack_plane(p, entries, spec.plane_shape(p, n, stop - start)))
+    group = math.lcm(*(p.per for p in spec.scales if p.per != ROW))
+    if spec.permuted or start % group or (stop % group and stop != k):
+        why = "whose columns are permuted" if spec.permuted else f"cuts a group of {group} weights of {spec.name}"
+        raise UnsupportedOnTensorError(f"slice {start}:{stop} along K = {k} {why}; slice at multiples of {group}, or call "
+                                       ".dequantize() first")  # fmt: skip
+    planes: list[torch.Tensor] = []
+    for plane, stored in _unpacked(w):
+        entries = unpack_plane(plane, stored, n)
+        if plane.per != ROW:
+            entries = entries[:, start // plane.per : -(-stop // plane.per)]
+        if plane.rows != 1:
+            entries = entries[:1] if plane.rows == ALL else entries[::TILE_N]
+        planes += pack_plane(spec, dataclasses.replace(plane, rows=min(plane.rows, TILE_N)), entries, n, stop - start)
     return w.with_planes(planes, (stop - start, n) if w.transposed else (n, stop - start))
 
 
@@ -222,14 +249,5 @@ def _embedding(w: QuantizedTensor, indices: torch.Tensor, *_: Any) -> torch.Tens
     """Gathers the packed rows that ``indices`` name and decodes only those; out of range raises ``IndexError``."""
     if w.transposed:
         return F.embedding(indices, w.dequantize())
-    flat = indices.reshape(-1)
-    if (
-        not isinstance(flat, torch._subclasses.FakeTensor)
-        and flat.numel()
-        and not 0 <= int(flat.min()) <= int(flat.max()) < w.shape[0]
-    ):
-        raise IndexError(
-            f"embedding: indices reach from {int(flat.min())} to {int(flat.max())}, the table has {w.shape[0]} rows"
-        )
-    gathered = _rows(w, lambda rows: rows.index_select(0, flat), flat.numel())
-    return gathered.dequantize().view(*indices.shape, w.shape[1])
+    n, k = w.nk
+    return ops.rows(w.planes, indices, w.key, n, k, w.dtype)

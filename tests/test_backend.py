@@ -214,14 +214,13 @@ def test_tied_weights_stay_tied() -> None:
     ids = torch.randint(0, 50, (2, 5))
     model = Tied().eval()
     assert_right(model, torch.compile(model, backend="qcompile", options={"policy": "int8"}), ids)
-    assert model.lm_head.weight is model.embed.weight and not isinstance(model.embed.weight, QuantizedTensor)
-    reasons = {r.decision.site.operator: r.decision.reason for r in recorder_of(model).plan
-               if r.decision.site.name in ("lm_head", "embed")}  # fmt: skip
-    assert "tied" in (reasons["linear"] or "") or "embed" in (reasons["linear"] or "")
+    assert model.lm_head.weight is model.embed.weight and isinstance(model.embed.weight, QuantizedTensor)
+    both = {r.decision.site.operator: r.bytes_after for r in recorder_of(model).plan if r.decision.site.name in ("lm_head", "embed")}
+    assert both == dict.fromkeys(("linear", "embedding"), model.embed.weight.packed_nbytes)
     torch._dynamo.reset()
     model = Tied().eval()
-    assert_right(model, torch.compile(model, backend="qcompile", options={"policy": {"*": "int8"}}), ids)
-    assert model.lm_head.weight is model.embed.weight
+    assert_right(model, torch.compile(model, backend="qcompile", options={"policy": {"embed": "float", "*": "int8"}}), ids)
+    assert model.lm_head.weight is model.embed.weight and not isinstance(model.embed.weight, QuantizedTensor)
 
 
 def test_a_function_and_a_method() -> None:

@@ -15,7 +15,7 @@ def test_formats_lists_every_format_with_its_bits(monkeypatch: pytest.MonkeyPatc
     rows = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for line in done.stdout.splitlines()
             if len(cells := line.split("│")) > 5}  # fmt: skip
     assert set(REGISTRY) <= set(rows)
-    assert rows["int4_g128"][0] == "17/4" and "zero[bf16/128]" in rows["int4_g128"][1]
+    assert rows["int4_g128"][0] == "4.25" and "zero[bf16/128]" in rows["int4_g128"][1]
 
 
 def test_version() -> None:

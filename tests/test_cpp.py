@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,28 +10,30 @@ import torch
 
 from qcompile.codegen.cpp import CpuKernels, cpu_kernels
 from qcompile.errors import FormatError, LayoutError
-from qcompile.formats import REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, symbols
+from qcompile.formats import ALL, REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, symbols
 from qcompile.formats.layout import pack_plane
 from qcompile.formats.reference import decode, quantize
+from qcompile.kernels import Kernels, for_scheme
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 ROWS = (0, 1, 3, 16, 65, 300)
 SHAPES = ((37, 100), (64, 384))
-q, scale, zero, d, sc, ql, qh = symbols("q scale zero d sc ql qh")
+q, scale, zero, d, sc = symbols("q scale zero d sc")
 NF4 = Codebook("NF4", tuple(torch.linspace(-1, 1, 16).pow(3).tolist()))
 BOOK = Codebook("BOOK", tuple(torch.linspace(-3, 5, 256).sin().tolist()))
 PRIVATE = (
-    FormatSpec("six_bits", (Plane("d", "f16", 256), Plane("sc", "f32", 16), Plane("ql", "u4"), Plane("qh", "u2")),
-               d * sc * (ql + 16 * qh - 32)),
-    FormatSpec("five_bits", (Plane("scale", "bf16", 32), Plane("zero", "f16", 32), Plane("ql", "u4"), Plane("qh", "u1")),
-               scale * (ql + 16 * qh) + zero),
+    FormatSpec("six_bits", (Plane("d", "f16", 256), Plane("sc", "f32", 16), Plane("q", "u6")), d * sc * (q - 32)),
+    FormatSpec("seven_bits", (Plane("scale", "bf16", 32), Plane("zero", "f16", 32), Plane("q", "u7")), scale * q + zero),
+    FormatSpec("bits", (Plane("scale", "f32", 64), Plane("q", "u1")), scale * (2 * q - 1)),
     FormatSpec("normal_float", (Plane("scale", "f32", 64), Plane("q", "u4")), scale * NF4(q), (NF4,)),
     FormatSpec("ternary", (Plane("scale", "f32", ROW), Plane("q", "u2")), scale * (q - 1)),
     FormatSpec("odd_steps", (Plane("scale", "f32", 1024), Plane("zero", "f32", 24), Plane("q", "u4")),
                scale * (3 * q - 8) + zero),
     FormatSpec("table", (Plane("scale", "f32", ROW), Plane("zero", "f32", ROW), Plane("q", "u8")),
                scale * BOOK(q) + zero, (BOOK,)),
+    FormatSpec("coded", (Plane("scale", "f16", 96, 32), Plane("sc", "u7", 12), Plane("zero", "u3", 48, ALL), Plane("q", "u3")),
+               scale * BOOK(sc) * q - scale * NF4(zero), (BOOK, NF4)),
 )  # fmt: skip
 
 
@@ -56,10 +59,15 @@ def random_planes(spec: FormatSpec, n: int, k: int) -> list[torch.Tensor]:
     """Planes of every code value and scales of either sign, in the stored layout."""
     planes = []
     for plane in spec.planes:
-        shape = spec.plane_shape(plane, n, k)
-        entries = torch.randint(0, 2**plane.bits, (n, k)).to(torch.uint8) if plane.is_code else torch.randn(n, shape[1])
-        planes.append(pack_plane(plane, entries, shape))
-    return planes
+        shape = spec.entry_shape(plane, n, k)
+        entries = torch.randn(shape)
+        if plane.is_integer:
+            limit = 2**plane.bits - (1 if plane.bits == 8 and not plane.is_code else 0)  # e8m0 and e4m3 scales end in NaN
+            entries = torch.randint(0, limit, shape).to(torch.uint8).view(plane.entry_dtype)
+            if not plane.is_code and plane.bits == 8 and plane.dtype == "u8":
+                entries = entries % 32 + 100  # near one, for float sums
+        planes += pack_plane(spec, plane, entries, n, k)
+    return planes + ([torch.randperm(k).int()] if spec.permuted else [])
 
 
 def as_multiplied(x: torch.Tensor, activations: str | None) -> torch.Tensor:
@@ -74,9 +82,14 @@ def as_multiplied(x: torch.Tensor, activations: str | None) -> torch.Tensor:
     return codes.double() * step.double()
 
 
+def variant(kernels: Kernels, rows: int, dtype: torch.dtype) -> str:
+    return getattr(kernels, "inner", kernels).variant(rows, dtype)
+
+
 def check_linear(
-    kernels: CpuKernels, planes: list[torch.Tensor], weight: torch.Tensor, rows: int, dtype: torch.dtype, biased: bool
-) -> None:
+    kernels: Kernels, scheme: Scheme, planes: list[torch.Tensor], weight: torch.Tensor, rows: int, dtype: torch.dtype,
+    biased: bool,
+) -> None:  # fmt: skip
     """Against ``weight`` [N, K] in float64. Allowed: rounding of y, 1e-6 of the norms for float32 sums, and six standard
     deviations of rounding weights to bf16 where that is done."""
     n, k = weight.shape
@@ -84,30 +97,38 @@ def check_linear(
     bias = torch.randn(n).to(dtype) if biased else None
     y = kernels.linear(x, planes, bias, n)
     assert y.shape == (rows, n) and y.dtype == dtype
-    wide = as_multiplied(x, kernels.scheme.activations)
+    wide = as_multiplied(x, scheme.activations)
     expected = wide @ weight.T + (0 if bias is None else bias.double())
     allowed = UNIT_ROUNDOFF[dtype] * expected.abs() + 1e-6 * torch.outer(wide.norm(dim=1), weight.norm(dim=1)) + 1e-6
-    if kernels.variant(rows, dtype) == "panel_bf16" and dtype == torch.bfloat16:
+    if variant(kernels, rows, dtype) == "panel_bf16" and dtype == torch.bfloat16:
         allowed += 6 * 0.4 * 2.0**-8 * (wide.square() @ weight.square().T).sqrt()
     worst = ((y.double() - expected).abs() / allowed).max().item() if rows else 0.0
-    assert worst <= 1.0, (kernels.scheme.label, n, k, rows, dtype, kernels.variant(rows, dtype), worst)
+    assert worst <= 1.0, (scheme.label, n, k, rows, dtype, worst)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    """All kernels are built first, as many at a time as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda s: for_scheme(s, "cpu"), [*REGISTERED, *UNREGISTERED]))
 
 
 @pytest.mark.parametrize("scheme", REGISTERED, ids=label)
 def test_linear_of_registered_formats(scheme: Scheme) -> None:
     torch.manual_seed(0)
-    kernels = cpu_kernels(scheme)
+    kernels = for_scheme(scheme, "cpu")
     for n, k in SHAPES:
         planes = quantize(scheme.format, torch.randn(n, k))
         weight = decode(scheme.format, planes, n, k).double()
         for rows in ROWS:
             for i, dtype in enumerate(DTYPES):
-                check_linear(kernels, planes, weight, rows, dtype, biased=(rows + i) % 2 == 0)
+                check_linear(kernels, scheme, planes, weight, rows, dtype, biased=(rows + i) % 2 == 0)
 
 
 @pytest.mark.parametrize("scheme", UNREGISTERED, ids=label)
 def test_linear_and_decode_of_other_formats(scheme: Scheme) -> None:
-    """Several code planes, scales of scales at two periods, tables, periods above a panel's depth and off powers of two."""
+    """Codes and scales of odd bits, scales of scales at two periods and shared by rows, tables, periods above a panel's depth
+    and off powers of two."""
     torch.manual_seed(1)
     kernels, spec = cpu_kernels(scheme), scheme.format
     for n, k in ((37, 100), (70, 2100)):
@@ -116,8 +137,8 @@ def test_linear_and_decode_of_other_formats(scheme: Scheme) -> None:
         assert torch.equal(kernels.decode(planes, n, k, torch.float32), weight)
         weight = weight.double()
         for rows in (1, 5, 17, 40):
-            check_linear(kernels, planes, weight, rows, torch.float32, biased=False)
-            check_linear(kernels, planes, weight, rows, torch.bfloat16, biased=True)
+            check_linear(kernels, scheme, planes, weight, rows, torch.float32, biased=False)
+            check_linear(kernels, scheme, planes, weight, rows, torch.bfloat16, biased=True)
 
 
 @pytest.mark.parametrize("spec", REGISTRY.values(), ids=lambda s: s.name)
@@ -126,15 +147,19 @@ def test_decode_is_the_reference_for_every_code(spec: FormatSpec) -> None:
     n, k = 37, 420
     planes = random_planes(spec, n, k)
     for dtype in (*DTYPES, torch.float64):
-        got = cpu_kernels(Scheme(spec)).decode(planes, n, k, dtype)
+        got = for_scheme(Scheme(spec), "cpu").decode(planes, n, k, dtype)
         assert got.dtype == dtype
-        torch.testing.assert_close(got, decode(spec, planes, n, k, dtype), rtol=0, atol=0, equal_nan=True)
+        want = decode(spec, planes, n, k, dtype)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        index = torch.randint(0, n, (3, 5))
+        rows = for_scheme(Scheme(spec), "cpu").rows(planes, index, n, k, dtype)
+        torch.testing.assert_close(rows, want[index], rtol=0, atol=0, equal_nan=True)
 
 
 def test_nan_codes_of_fp8_decode_to_nan() -> None:
     spec = REGISTRY["fp8_e4m3"]
     weight = torch.tensor([[0x7F, 0xFF, 0x7E, 0x01]], dtype=torch.uint8)
-    planes = [pack_plane(spec.planes[0], torch.ones(1, 1), (1, 1, 16)), pack_plane(spec.planes[1], weight, (1, 8, 16))]
+    planes = [*pack_plane(spec, spec.planes[0], torch.ones(1, 1), 1, 4), *pack_plane(spec, spec.planes[1], weight, 1, 4)]
     got = cpu_kernels(Scheme(spec)).decode(planes, 1, 4, torch.float32)[0]
     assert got[:2].isnan().all() and got[2:].tolist() == [448.0, 2.0**-9]
 
@@ -156,7 +181,7 @@ def test_other_instruction_sets(isa: str, name: str) -> None:
         for dtype in DTYPES:
             assert torch.equal(kernels.decode(planes, n, k, dtype), decode(scheme.format, planes, n, k, dtype))
             for rows in (1, 2, 3, 4, 5, 7, 16, 65):
-                check_linear(kernels, planes, weight, rows, dtype, biased=rows == 4)
+                check_linear(kernels, scheme, planes, weight, rows, dtype, biased=rows == 4)
 
 
 # Activations ---------------------------------------------------------------------------------------------------------
@@ -165,7 +190,7 @@ def test_other_instruction_sets(isa: str, name: str) -> None:
 def identity(spec: FormatSpec, code: int, k: int) -> list[torch.Tensor]:
     """Planes of the k×k matrix with scale 1 whose diagonal holds ``code``."""
     codes = torch.eye(k, dtype=torch.uint8) * code
-    return [pack_plane(p, codes if p.is_code else torch.ones(k, 1), spec.plane_shape(p, k, k)) for p in spec.planes]
+    return [s for p in spec.planes for s in pack_plane(spec, p, codes if p.is_code else torch.ones(k, 1), k, k)]
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -190,7 +215,7 @@ def test_integer_sums_are_exact() -> None:
     torch.manual_seed(4)
     spec, (n, k) = REGISTRY["int8"], (48, 1000)
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
-    planes = [pack_plane(p, weight if p.is_code else torch.ones(n, 1), spec.plane_shape(p, n, k)) for p in spec.planes]
+    planes = [s for p in spec.planes for s in pack_plane(spec, p, weight if p.is_code else torch.ones(n, 1), n, k)]
     for rows in (1, 2, 9, 100):
         x = torch.randint(-127, 128, (rows, k))
         x[:, 0] = 127
@@ -252,7 +277,7 @@ def test_misfits_are_refused() -> None:
         kernels.linear(x, planes, torch.randn(31), 32)
     with pytest.raises(FormatError, match="multiple of 4"):
         CpuKernels(Scheme(FormatSpec("pairs", (Plane("scale", "f32", 2), Plane("q", "u4")), scale * q)))
-    with pytest.raises(FormatError, match="does not fit unsigned bytes"):
+    with pytest.raises(FormatError, match="go with formats with integer values"):
         CpuKernels(Scheme(FormatSpec("wide", (Plane("scale", "f32", ROW), Plane("q", "u8")), scale * (3 * q)), "int8"))
     wide = torch.empty(1, 131104).to(torch.float32)
     with pytest.raises(LayoutError, match="overflows int32"):

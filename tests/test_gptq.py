@@ -14,7 +14,8 @@ import qcompile
 from qcompile import formats
 from qcompile.calibrate import gptq
 from qcompile.errors import FormatError, OptionError, WeightError
-from qcompile.formats import FormatSpec, Plane, reference, symbols
+from qcompile.formats import FormatSpec, Plane, reference, search, symbols
+from qcompile.formats.codes import nearest_code
 from qcompile.options import Options
 from qcompile.passes.convert import Conversion
 from qcompile.passes.pipeline import Compilation
@@ -67,9 +68,10 @@ def test_rows_in_chunks_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> No
 def test_uncorrelated_inputs_leave_nothing_to_make_up_for() -> None:
     spec, weight = formats.get("int4_g32"), torch.randn(16, 64)
     planes = gptq.quantize(spec, weight, torch.eye(64))
-    entries = reference.fit(spec, weight.view(16, 2, 32), None, gptq.SHRINKS)
-    code = reference.nearest_code(spec, (weight.view(16, 2, 32) - entries["zero"]) / entries["scale"])
-    expected = (entries["scale"] * (code.float() - 8) + entries["zero"]).view(16, 64)
+    found = search.fit(spec, weight, None, shrinks=gptq.SHRINKS)
+    scale, zero = found.scale.unsqueeze(-1), found.offset.unsqueeze(-1)
+    code = nearest_code(spec, (weight.view(16, 2, 32) - zero) / scale)
+    expected = (scale * (code.float() - 8) + zero).view(16, 64)
     torch.testing.assert_close(reference.decode(spec, planes, 16, 64), expected)
 
 
@@ -93,13 +95,14 @@ def test_bad_inputs_are_named() -> None:
 
 
 def two_scales() -> FormatSpec:
-    """A format that GPTQ does not serve: the scale of a group is a product."""
+    """A format that GPTQ does not serve: it has a quantizer of its own."""
     q, scale, row = symbols("q scale row")
 
-    def quantizer(spec: FormatSpec, groups: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantizer(spec: FormatSpec, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        groups = weight.view(len(weight), -1, 32)
         top = groups.abs().amax(-1, keepdim=True) / 7
         code = (groups / top).round().add(8).to(torch.uint8)
-        return {"scale": top, "row": torch.ones(len(groups), 1, 1), "q": code}
+        return {"scale": top.squeeze(-1), "row": torch.ones(len(weight), 1), "q": code.view(weight.shape)}
 
     planes = (Plane("scale", "f32", 32), Plane("row", "f32", formats.ROW), Plane("q", "u4"))
     return FormatSpec("two_scales", planes, scale * row * (q - 8), quantizer=quantizer)
@@ -117,7 +120,7 @@ class Conv1D(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A tied embedding (left in float), an addmm, a product with a parameter, a shared layer, linears of one input."""
+    """A tied embedding, an addmm, a product with a parameter, a shared layer, linears of one input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +152,8 @@ def test_every_kind_of_site_in_one_model() -> None:
             continue
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="rounding=")
-            compiled = torch.compile(model, backend="qcompile", options=OPTIONS | {"rounding": rounding})
+            policy = {"embed": "float", "*": "int4_g32"}
+            compiled = torch.compile(model, backend="qcompile", options={"policy": policy, "rounding": rounding})
             outputs[rounding] = compiled(ids)
         assert packed(model) == ["factor", "gate.weight", "up.weight", "conv.weight", "shared.weight"]
         assert model.calls == 1, "calibration must not count as a call"
@@ -157,6 +161,18 @@ def test_every_kind_of_site_in_one_model() -> None:
         assert all(("rounded by GPTQ" in rule) == (rounding == "gptq") for rule in rules)
     error = {name: float((out - outputs["float"]).norm()) for name, out in outputs.items()}
     assert error["gptq"] < 0.9 * error["nearest"]
+
+
+def test_a_table_that_is_also_a_head_is_rounded_to_nearest_and_says_so() -> None:
+    model, ids = Mixed().eval(), torch.randint(0, 96, (8, 50))
+    floats = model.embed.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="rounding=")
+        torch.compile(model, backend="qcompile", options=OPTIONS)(ids)
+    table = next(r for r in recorder_of(model).plan if r.decision.site.operator == "embedding")
+    assert "rounded to nearest: rows of an embedding" in table.decision.rule
+    planes = reference.quantize(formats.get("int4_g32"), floats)
+    assert all(map(torch.equal, planes, model.embed.weight.planes))
 
 
 class Layer(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import pytest
@@ -143,7 +144,7 @@ def test_values_may_be_schemes_and_formats() -> None:
     assert decided(scheme)["adapter"] == "int8+int8 act" and decided(get("fp8_e5m2"))["adapter"] == "fp8_e5m2"
 
 
-@pytest.mark.parametrize("operator", ["embedding", "attention", "other"])
+@pytest.mark.parametrize("operator", ["attention", "other"])
 def test_what_no_format_is_for_is_left_with_a_reason(operator: str) -> None:
     weight = None if operator == "attention" else "w"
     site = Site(
@@ -182,21 +183,26 @@ def test_unsupported_linear_layers_are_wanted_but_left() -> None:
     assert Policy.parse("int8").decide([product], CPU)[0].wanted is None
 
 
-@pytest.mark.parametrize(
-    ("value", "wanted"),
-    [
-        ("int8", False),
-        ("int4", False),
-        ({"*": "int8"}, False),
-        ({"lm_head": "int8"}, True),
-        ({"lm_*": "int8"}, True),
-    ],
-)
-def test_a_head_tied_to_an_embedding_stays_float(value: object, wanted: bool) -> None:
+def test_embeddings_are_packed_where_a_rule_names_them() -> None:
+    table = Site("model.embed", "embedding", frozenset({"embed_tokens"}), "node", "w", (64, 32))
+    for value in ("int8", "int4", {"*": "int8"}):
+        (left,) = Policy.parse(value).decide([table], CPU)
+        assert left.scheme is None and left.wanted is None and "name 'model.embed' or 'embed_tokens' in a rule" in (left.reason or "")
+    for value, wanted in (({"embed_tokens": "int8"}, "int8"), ({"model.*": "int4_g32"}, "int4_g32"), ("Q4_K_M", "Q4_K")):
+        (packed,) = Policy.parse(value).decide([table], CPU)
+        assert packed.scheme == Scheme(get(wanted))
+
+
+@pytest.mark.parametrize("value", ["int8", "int4", {"*": "int8"}, {"lm_head": "int8"}, {"lm_*": "int8"}, {"embed_tokens": "int8"}])
+def test_a_head_and_an_embedding_that_are_one_weight_are_packed_as_one(value: object) -> None:
     by_name = {d.site.name: d for d in Policy.parse(value).decide(decoder(tied=True), CPU)}
-    head = by_name["lm_head"]
-    assert head.scheme is None and "tied to embedding 'model.embed_tokens'" in (head.reason or "")
-    assert (head.wanted is not None) == wanted
+    assert by_name["lm_head"].scheme == by_name["model.embed_tokens"].scheme == Scheme(get("int8"))
+
+
+def test_a_tie_to_what_cannot_be_packed_keeps_the_weight() -> None:
+    sites = [linear("head", weight="w"), Site("conv", "other", frozenset(), "node", "w", (8, 8), parameter="w", unsupported="conv1d")]
+    head = Policy.parse("int8").decide([dataclasses.replace(s, parameter="w") for s in sites], CPU)[0]
+    assert head.scheme is None and "tied to other 'conv'" in (head.reason or "")
 
 
 def test_tied_linears_share_the_specific_rule() -> None:
@@ -261,7 +267,7 @@ def test_weights_that_are_not_float_are_refused_where_named() -> None:
     assert decision.scheme is None and "int32" in (decision.reason or "")
 
 
-@pytest.mark.parametrize("name", ["int5", "int4_g31", "fp16x", "Int8", "nf4_dynamicc"])
+@pytest.mark.parametrize("name", ["int5", "int4_g1", "fp16x", "nf4_dynamicc"])
 def test_unknown_formats_name_the_nearest(name: str) -> None:
     for value in (name, {"*": name}):
         with pytest.raises(UnknownFormatError, match=f"'{name}'.*Known: .*int8"):

@@ -1,10 +1,15 @@
-"""Formats that the Triton test programs run on: every registered one, and private ones for shapes not registered yet."""
+"""Formats that the Triton test programs run on: representatives of the registered ones, and private ones."""
 
 from __future__ import annotations
 
+import os
+import re
+
 import torch
 
-from qcompile.formats import REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, affine, symbols
+from qcompile.formats import ALL, REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, symbols
+from qcompile.formats.float import E4M3, E8M0
+from qcompile.formats.scheme import activations_of
 
 NORMAL_16 = Codebook(
     "NORMAL16",
@@ -13,21 +18,28 @@ NORMAL_16 = Codebook(
 )  # fmt: skip
 """A table of 16 values like the quantiles of a normal distribution, symmetric nowhere."""
 
-_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1 = Codebook("E2M1", (*_HALF, *(-v for v in _HALF)), minifloat=(2, 1))
+CUBES = Codebook("CUBES", tuple(float((c - 13) ** 3) for c in range(32)))
+STEPS = Codebook("STEPS", (-3.0, -1.0, 1.0, 4.0))
+E2M3 = Codebook(
+    "E2M3", tuple(s * (2.0**max(e, 1) * ((e > 0) + m / 8)) / 2 for s in (1, -1) for e in range(4) for m in range(8)),
+    minifloat=(2, 3),
+)  # fmt: skip
 
-q, low, high, scale, top, zero = symbols("q low high scale top zero")
+q, scale, top, zero, d, sc = symbols("q scale top zero d sc")
 
 
-def random_entries(spec: FormatSpec, groups: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Random plane entries: kernels are compared with the decoded weight, so they need not stand for ``groups``."""
-    rows, cols = groups.shape[0], groups.shape[1] * groups.shape[2]
+def random_entries(spec: FormatSpec, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Random plane entries: kernels are compared with the decoded weight, so they need not stand for ``weight``."""
+    n, k = weight.shape
     entries = {}
     for p in spec.planes:
+        shape = spec.entry_shape(p, n, k)
         if p.is_code:
-            entries[p.name] = torch.randint(0, 2**p.bits, (rows, cols)).to(torch.int8 if p.dtype == "i8" else torch.uint8)
+            shape = (n, k)
+        if p.is_integer:
+            entries[p.name] = torch.randint(0, 2**p.bits, shape, dtype=torch.uint8).view(p.entry_dtype)
         else:
-            entries[p.name] = torch.rand(rows, 1 if p.per == ROW else cols // p.per) + 0.5
+            entries[p.name] = (torch.rand(shape) + 0.5).to(p.entry_dtype)
     return entries
 
 
@@ -38,24 +50,44 @@ def private(name: str, planes: tuple[Plane, ...], value, codebooks: tuple[Codebo
 PRIVATE = (
     private("table4_g64", (Plane("scale", "f32", 64), Plane("q", "u4")), scale * NORMAL_16(q), (NORMAL_16,)),
     private("two_level", (Plane("top", "f32", 256), Plane("scale", "f16", 32), Plane("q", "u4")), top * scale * (q - 8)),
-    private("six_bits", (Plane("top", "f16", ROW), Plane("scale", "f16", 16), Plane("low", "u4"), Plane("high", "u2")),
-            top * scale * (low + 16 * high - 32)),
-    private("two_bits", (Plane("scale", "f16", 64), Plane("zero", "f16", 64), Plane("q", "u2")), scale * q + zero),
+    private("six_bits", (Plane("top", "f16", ROW), Plane("scale", "f16", 16), Plane("q", "u6")), top * scale * (q - 32)),
+    private("ternary", (Plane("d", "f16", 256), Plane("q", "u2")), d * (q - 1)),
     private("row_zero", (Plane("scale", "f32", ROW), Plane("zero", "f32", ROW), Plane("q", "u8")), scale * (q - 128) + zero),
-    private("float4_g32", (Plane("scale", "bf16", 32), Plane("q", "u4")), scale * E2M1(q), (E2M1,)),
+    private("seven_odd", (Plane("scale", "bf16", 96), Plane("q", "u7")), scale * (q - 64)),
+    private("five_g24", (Plane("scale", "f16", 24), Plane("zero", "u5", 24), Plane("q", "u5")), scale * (q - zero)),
+    private("four_g48", (Plane("scale", "f16", 48), Plane("zero", "bf16", 96), Plane("q", "u4")), scale * q + zero),
+    private("one_bit", (Plane("scale", "f16", 32, 16), Plane("q", "u1")), scale * (2 * q - 1)),
+    private("cubes", (Plane("scale", "f16", 128), Plane("q", "u5")), scale * CUBES(q), (CUBES,)),
+    private("steps", (Plane("top", "f32", ROW, ALL), Plane("sc", "u3", 16), Plane("q", "u2")), top * (sc + 1) * STEPS(q), (STEPS,)),
+    private("fp6", (Plane("sc", "u8", 32), Plane("q", "u6")), E8M0(sc) * E2M3(q), (E8M0, E2M3)),
+    private("blocks", (Plane("sc", "u8", 64, 32), Plane("q", "u8")), E8M0(sc) * E4M3(q), (E8M0, E4M3)),
+    private("row_byte", (Plane("d", "f32", ROW, ALL), Plane("sc", "u8", ROW), Plane("q", "u3")), d * sc * (q - 4)),
 )  # fmt: skip
+"""What no registered format has: periods that are no power of two, tables of other sizes, integers per row, 1 and 7 bits."""
+
+
+def kind(spec: FormatSpec) -> tuple[object, ...]:
+    """What formats share whose kernels differ only in group sizes."""
+    scales = tuple((p.dtype, p.rows, p.per == ROW, min(p.per, 32)) for p in spec.scales)
+    return spec.code.dtype, scales, tuple(b.name for b in spec.codebooks), str(spec.value)
+
+
+def representatives() -> list[FormatSpec]:
+    """The first format of each kind, with the largest group of 32 to 128 where one name has several, and int4 in each."""
+    found: dict[tuple[object, ...], FormatSpec] = {}
+    for spec in REGISTRY.values():
+        if not spec.permuted and (kind(spec) not in found or spec.name.endswith("g128")):
+            found[kind(spec)] = spec
+    return [*found.values(), *(REGISTRY[f"int4_g{group}"] for group in (32, 64))]
 
 
 def formats() -> list[FormatSpec]:
-    return [*REGISTRY.values(), *PRIVATE]
+    return [*representatives(), *PRIVATE]
 
 
 def schemes() -> list[Scheme]:
-    """Every format without quantized activations, and with them every format that 8-bit matrix units can take."""
+    """Every format without quantized activations, and with those it can be multiplied by; ``QCOMPILE_TEST_SCHEMES``, a
+    regular expression over labels, leaves some out."""
     found = [Scheme(spec) for spec in formats()]
-    for spec in formats():
-        if affine(spec).integer and (spec.period == ROW or spec.period >= 32):
-            found.append(Scheme(spec, "int8"))
-        elif any(b.minifloat in ((4, 3), (5, 2)) for b in spec.codebooks):
-            found.append(Scheme(spec, "fp8"))
-    return found
+    found += [Scheme(spec, activations) for spec in formats() for activations in activations_of(spec)]
+    return [s for s in found if re.search(os.environ.get("QCOMPILE_TEST_SCHEMES", "."), s.label)]

@@ -26,7 +26,7 @@ from triton.runtime.jit import MockTensor
 
 from qcompile.codegen import tiles
 from qcompile.codegen.triton import TritonKernels, Variant
-from qcompile.codegen.triton_dot import blocks
+from qcompile.codegen.triton_act import blocks
 from qcompile.formats import REGISTRY, Scheme
 from qcompile.target import Target
 
@@ -92,7 +92,7 @@ class Compiled(TritonKernels):
     def run(self, rows: int, dtype: torch.dtype, bias: bool, variant: Variant | None = None) -> None:
         n, k = SIZE
         spec = self.scheme.format
-        planes = [torch.empty(spec.plane_shape(p, n, k), dtype=p.storage_dtype, device="meta") for p in spec.planes]
+        planes = [torch.empty(spec.part_shape(p, n, k), dtype=p.dtype, device="meta") for p in spec.parts]
         x = torch.empty(rows, k, dtype=dtype, device="meta")
         self.linear(x, planes, torch.empty(n, dtype=dtype, device="meta") if bias else None, n, variant=variant)
 
@@ -173,7 +173,7 @@ def reports(schemes: list[Scheme]) -> Iterator[dict[str, Any]]:
         kernels = Compiled(scheme, arch)
         variant = None
         if kernel == "gemv":
-            tile = tiles.gemv_tile(kernels.printer.group, scheme.format.period, SIZE[1])
+            tile = tiles.gemv_tile(kernels.printer.group, kernels.printer.granule, SIZE[1])
             variant = Variant(tile, kernels.printer.wide, "float32")
         kernels.run(rows, dtype, bias=rows == 16, variant=variant)
         yield from facts(kernels, rows, dtype)

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 import triton.language as tl
 import triton_cases as cases
+from triton.language.extra.cuda import libdevice
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from qcompile.codegen import tiles
 from qcompile.codegen.triton import TritonKernels, Variant, interpreted, triton_kernels
 from qcompile.codegen.triton_launch import Call
-from qcompile.formats import ROW, FormatSpec, Scheme, reference
+from qcompile.formats import FormatSpec, Scheme, affine, reference
 from qcompile.formats.algebra import gen_table
 from qcompile.formats.layout import pack_plane
 
@@ -59,28 +60,64 @@ def widened(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def all_codes(spec: FormatSpec, n: int, k: int) -> list[torch.Tensor]:
+def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """PTX ``prmt.b32`` in its default mode: nibble i of the selector names byte i of the result among the bytes of a (0…3)
+    and b (4…7); a nibble of 8 and more gives the sign of that byte in all its bits."""
+    source = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros(selector.shape, np.uint32)
+    for i in range(4):
+        nibble = selector >> np.uint32(4 * i) & np.uint32(15)
+        byte = (source >> (nibble & 7).astype(np.uint64) * np.uint64(8)).astype(np.uint32) & np.uint32(255)
+        signs = np.where(byte >= 128, np.uint32(255), np.uint32(0))
+        result |= np.where(nibble >= 8, signs, byte) << np.uint32(8 * i)
+    return result
+
+
+def correct_permutes() -> None:
+    """Gives the interpreter, which has neither library functions nor PTX, the byte permute of kernels that use tables, and
+    the literal that the only PTX in them hides."""
+
+    def byte_perm(a, b, selector):  # type: ignore[no-untyped-def]
+        tensor = next(x for x in (a, b, selector) if isinstance(x, tl.tensor))
+        words = [x.handle.data.view(np.uint32) if isinstance(x, tl.tensor) else np.uint32(int(getattr(x, "value", x)) & 0xFFFFFFFF)
+                 for x in (a, b, selector)]  # fmt: skip
+        found = prmt(*np.broadcast_arrays(*words))
+        return tl.tensor(TensorHandle(found.view(np.int32), tl.int32), tensor.type)
+
+    def hidden(_asm, _constraints, args, **_):  # type: ignore[no-untyped-def]
+        return args[0] * 0 + args[1]
+
+    libdevice.byte_perm = byte_perm
+    tl.inline_asm_elementwise = hidden
+
+
+def all_codes(spec: FormatSpec, n: int, k: int, every_scale: bool = False) -> list[torch.Tensor]:
     """Planes of an N×K weight in which every code that stands for a value occurs, with random scales.
 
-    Scales are small where values are large, so that sums fit float16.
+    Scales are small where values are large, so that sums fit float16, unless ``every_scale`` asks for all that integers
+    stand for.
     """
     cols = spec.padded(n, k)[1]
-    table = gen_table(spec) if len(spec.codes) == 1 else torch.tensor([32.0])
+    table = gen_table(spec)
     finite = torch.isfinite(table)
-    size = max(float(table[finite].abs().max()), 8.0) / 8
+    size = float(table[finite].abs().max())
+    for p in spec.scales:
+        size *= 2**p.bits if p.is_integer else 1
     at = torch.arange(n)[:, None] * 37 + torch.arange(cols)[None, :] * (1 + torch.arange(n)[:, None] % 3 * 2)
-    planes = []
-    for i, p in enumerate(spec.planes):
+    stored = []
+    for p in spec.planes:
         if p.is_code:
-            code = (at >> (2 * i) if len(spec.codes) > 1 else at) % 2**p.bits
-            if not finite.all():
-                code = torch.where(finite[code], code, 0)
-            entries = code.to(torch.uint8)
-            entries = entries.view(torch.int8) if p.dtype == "i8" else entries
+            entries = torch.where(finite, torch.arange(len(table)), 0).to(torch.uint8)[at % 2**p.bits].view(p.entry_dtype)
+        elif p.is_integer:
+            shape = spec.entry_shape(p, n, k)
+            entries = torch.randint(0, 2**p.bits, shape, dtype=torch.uint8)
+            if not every_scale and any(len(b.values) == 256 for b in spec.codebooks):
+                entries = entries % 16 + (112 - int(np.log2(size) - 8 * len(spec.scales)) if "E8M0" in str(spec.value) else 40)
+            entries = entries.view(p.entry_dtype)
         else:
-            entries = (torch.rand(n, 1 if p.per == ROW else cols // p.per) + 0.5) / size
-        planes.append(pack_plane(p, entries, spec.plane_shape(p, n, k)))
-    return planes
+            entries = (torch.rand(spec.entry_shape(p, n, k)) + 0.5) / max(size / 8, 1)
+        stored += pack_plane(spec, p, entries, n, k)
+    return stored
 
 
 def relative(y: torch.Tensor, want: torch.Tensor) -> float:
@@ -89,28 +126,64 @@ def relative(y: torch.Tensor, want: torch.Tensor) -> float:
     return float((y.double() - want).norm() / want.norm())
 
 
+def apart(got: torch.Tensor, want: torch.Tensor, floor: float = 1e-30) -> float:
+    """The largest relative difference; NaN and infinity must be where they are wanted."""
+    finite = torch.isfinite(want)
+    if not torch.equal(torch.nan_to_num(got[~finite]), torch.nan_to_num(want[~finite])):
+        return float("inf")
+    difference = (got.double() - want.double()).abs() / want.double().abs().clamp_min(floor)
+    return float(torch.nan_to_num(difference[finite], nan=torch.inf).max())
+
+
 def decoding(kernels: TritonKernels) -> Iterator[Case]:
     spec = kernels.scheme.format
     n, k = 24, 600
-    planes = all_codes(spec, n, k)
+    planes = all_codes(spec, n, k, every_scale=True)
     want = reference.decode(spec, planes, n, k)
     got = kernels.decode(planes, n, k, torch.float32)
-    # Two hoisted factors may round once more than the expression as written.
-    yield "float32", float(((got - want).abs() / want.abs().clamp_min(1e-6)).max()), 2e-7
+    # Three hoisted factors may be multiplied in another order than the expression's.
+    floor = float(torch.nan_to_num(want, posinf=0.0).abs().max()) / 64 if affine(spec).offset != 0 else 1e-30
+    yield "float32", apart(got, want, floor), 2.5e-7
     half = kernels.decode(planes, n, k, torch.float16)
-    yield "float16", float((half.float() - want.half().float()).abs().max()), 2e-3 * float(want.abs().max())
+    finite = torch.isfinite(want.half())
+    yield "float16", float((half.float() - want)[finite].abs().max()), 1e-3 * float(want[finite].abs().max())
+    indices = torch.tensor([[3, 23, 0], [16, 3, 15]])
+    rows = kernels.rows(planes, indices, n, k, torch.float32)
+    yield "rows", 0.0 if torch.equal(rows.nan_to_num(), got[indices].nan_to_num()) else 1.0, 0.5
+
+
+def selecting(kernels: TritonKernels) -> Iterator[Case]:
+    """What GPUs without byte permutes run."""
+    other = Selecting(kernels.scheme)
+    spec, n, k = kernels.scheme.format, 24, 264
+    planes = all_codes(spec, n, k)
+    weight = reference.decode(spec, planes, n, k)
+    x = token_rows(16, k, 127.0).half()
+    if kernels.scheme.activations is None:
+        yield "decode", apart(other.decode(planes, n, k, torch.float32), weight, float(weight.abs().max()) / 64), 2.5e-7
+        x_seen = x.double()
+    else:
+        x_seen = quantized(kernels, x)
+    yield "product", relative(other.linear(x, planes, None, n), x_seen @ weight.double().t()), 2e-3
+
+
+class Selecting(TritonKernels):
+    permutes = False
 
 
 def variants(kernels: TritonKernels, rows: int, dtype: torch.dtype) -> Iterator[Variant]:
     """Every kernel that can multiply, in the types that the interpreter computes correctly."""
-    printer, period = kernels.printer, kernels.scheme.format.period
-    if rows <= 3:
-        yield Variant(tiles.gemv_tile(printer.group, period, 512), printer.wide, "float32")
-    tile = tiles.product_tile("dot", rows, 90, period)
-    yield interpreted(Variant(tile, "float16" if printer.exact16 else "float32", "float16"))
-    if rows == 16:
-        yield Variant(tiles.decode_tile(printer.group, period), printer.wide, "float32")
-    if rows == 3 and dtype == torch.float32 and printer.exact16:
+    printer = kernels.printer
+    if rows <= 3 and printer.streams:
+        yield Variant(tiles.gemv_tile(printer.group, printer.granule, 512), printer.wide, "float32")
+    tile = tiles.product_tile("dot", rows, 90, printer.granule)
+    if printer.fused:
+        yield interpreted(Variant(tile, "float16" if printer.exact16 else "float32", "float16"))
+        if not printer.exact16 and rows == 16:
+            yield interpreted(Variant(tile, "float16", "float16"))
+    if rows == 16 or not printer.fused:
+        yield Variant(tiles.decode_tile(), printer.wide, "float32")
+    if rows == 3 and dtype == torch.float32 and printer.exact16 and printer.fused:
         yield Variant(tiles.FLOAT32_ROWS, "float16", "float16", terms=2)
 
 
@@ -137,18 +210,26 @@ def quantized(kernels: TritonKernels, x: torch.Tensor) -> torch.Tensor:
     return codes.double() * (top / largest).double()
 
 
+def token_rows(rows: int, k: int, largest: float) -> torch.Tensor:
+    """x whose codes are exact quotients: with any other largest value, a quotient next to a tie is rounded by luck."""
+    x = torch.randn(rows, k).clamp(-3, 3) * torch.rand(rows, 1)
+    x[:, 0] = largest / 2.0 ** torch.randint(5, 7, (rows,)) * (1 if largest == 127.0 else 1 / 2)
+    if rows > 1:
+        x[0] = 0.0
+    return x
+
+
 def quantized_products(kernels: TritonKernels) -> Iterator[Case]:
     spec = kernels.scheme.format
     for rows, n, k, dtype, with_bias in SHAPES:
         planes = all_codes(spec, n, k)
         weight = reference.decode(spec, planes, n, k).double()
-        x = (torch.randn(rows, k) * torch.rand(rows, 1) * 5).to(dtype)
-        x[0] = 0.0 if rows > 1 else x[0]
+        x = token_rows(rows, k, 127.0 if kernels.scheme.activations == "int8" else 448.0).to(dtype)
         bias = torch.randn(n).to(dtype) if with_bias else None
         want = quantized(kernels, x) @ weight.t() + (bias.double() if bias is not None else 0)
         yield f"{rows}x{n}x{k} {dtype}", relative(kernels.linear(x, planes, bias, n), want), ROUNDING[dtype]
         if kernels.scheme.activations == "fp8":
-            old = Variant(tiles.product_tile("dot", rows, 80, spec.period), "float16", "float32")
+            old = Variant(tiles.product_tile("dot", rows, 80, kernels.printer.granule), "float16", "float32")
             got = kernels.linear(x, planes, bias, n, variant=old)
             yield f"{rows}x{n}x{k} {dtype} without fp8 units", relative(got, want), ROUNDING[dtype]
 
@@ -159,7 +240,7 @@ def shapes_of_x(kernels: TritonKernels) -> Iterator[Case]:
     n, k = 40, 4096 + spec.k_multiple
     planes = all_codes(spec, n, k)
     weight = reference.decode(spec, planes, n, k).double()
-    tile = tiles.product_tile("dot", 6, 90, spec.period)
+    tile = tiles.product_tile("dot", 6, 90, kernels.printer.granule)
     parts, _ = Call(kernels, interpreted(Variant(tile, "float16", "float16")), 90, n, k, k)._split(1, -(-k // 128), 6)
     yield "K is split", 0.0 if parts > 1 else 1.0, 0.5
     x = torch.randn(2, k, 3).transpose(1, 2)
@@ -180,14 +261,15 @@ def old_mma(kernels: TritonKernels) -> Iterator[Case]:
 
 
 def bfloat16_elements(kernels: TritonKernels) -> Iterator[Case]:
-    """Weights decoded to bfloat16 must be exact: the product with unit vectors gives each of them back."""
+    """Weights decoded to bfloat16 are exact, or rounded values of tables: the product with unit vectors gives them back."""
     spec = kernels.scheme.format
     n, k = 24, 256
     planes = all_codes(spec, n, k)
     want = reference.decode(spec, planes, n, k)
-    tile = replace(tiles.product_tile("dot", 64, 90, spec.period), rows=64)
+    tile = replace(tiles.product_tile("dot", 64, 90, kernels.printer.granule), rows=64)
     got = kernels.linear(torch.eye(k), planes, None, n, variant=Variant(tile, "bfloat16", "float32")).t()
-    yield "unit vectors", float(((got - want).abs() / want.abs().clamp_min(1e-6)).max()), 1e-6
+    floor = float(want.abs().max()) / 64 if affine(spec).offset != 0 else 1e-30
+    yield "unit vectors", apart(got, want, floor), 1e-6 if kernels.printer.exact16 else 2.0**-8
 
 
 def corrected_bfloat16(_: TritonKernels) -> Iterator[Case]:
@@ -201,27 +283,44 @@ def corrected_bfloat16(_: TritonKernels) -> Iterator[Case]:
         yield op.__name__, float(wrong), 0.5
 
 
+def emulated_permute(_: TritonKernels) -> Iterator[Case]:
+    """The emulation itself, on the examples of the PTX manual's table and a few more."""
+    a, b = np.uint32(0x83028180), np.uint32(0x07060504)
+    known = {0x3210: 0x83028180, 0x7654: 0x07060504, 0x6543: 0x06050483, 0x0123: 0x80810283, 0xB888: 0xFFFFFFFF, 0xCA10: 0x00008180,
+             0x6240: 0x06020480, 0xFFFF3210: 0x83028180}  # fmt: skip
+    for selector, want in known.items():
+        got = prmt(*(np.array([v], np.uint32) for v in (a, b, selector)))
+        yield hex(selector), float(int(got[0]) != want), 0.5
+
+
 def run(check: str, function, scheme: Scheme) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     for case, error, limit in function(triton_kernels(scheme)):
         print(json.dumps({"check": check, "case": f"{scheme.label} {case}", "error": error, "limit": limit}), flush=True)
 
 
+SHAPED = ("int4_g128", "int8", "two_level", "fp8_e4m3", "six_bits", "Q4_K", "nf4")
+"""Formats for checks of what does not depend on them: shapes of x, splits, orders of operands."""
+
+
 def main() -> None:
     torch.set_num_threads(1)
     correct_bfloat16()
-    plain = [Scheme(spec) for spec in cases.formats()]
-    run("correction", corrected_bfloat16, plain[0])
+    correct_permutes()
+    run("correction", corrected_bfloat16, Scheme(cases.formats()[0]))
+    run("correction", emulated_permute, Scheme(cases.formats()[0]))
     for scheme in cases.schemes():
+        kernels = triton_kernels(scheme)
+        if kernels.printer.imports:
+            run("select", selecting, scheme)
         if scheme.activations is not None:
             run("quantized", quantized_products, scheme)
             continue
         run("decode", decoding, scheme)
         run("product", products, scheme)
-        if triton_kernels(scheme).printer.exact16:
+        if kernels.printer.fused:
             run("bfloat16", bfloat16_elements, scheme)
-    for scheme in plain:
-        if scheme.format.name in ("int4_g32", "int8", "two_level", "fp8_e4m3", "six_bits"):
+        if scheme.format.name in SHAPED:
             run("shape", shapes_of_x, scheme)
             run("old mma", old_mma, scheme)
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import FormatError, WeightError
-from ..formats import FormatSpec
+from ..formats import ALL, FormatSpec, affine, reference
+from ..formats.algebra import levels_of
+from ..formats.codes import gen_values, nearest_code
 from ..formats.layout import pack_plane
-from ..formats.reference import fit, gen_values, nearest_code, scale_and_offset
+from ..formats.search import Entries, fit
 
 DAMPING = 0.01
 """Share of the mean diagonal of H that is added to it (the paper's value)."""
@@ -31,12 +33,13 @@ CHUNK_ELEMENTS = 1 << 25
 
 
 def why_not(spec: FormatSpec) -> str | None:
-    """Why GPTQ cannot serve a format; None if it can. It serves those that round-to-nearest serves, but for one with a
+    """Why GPTQ cannot serve a format; None if it can. It serves all whose scales can be searched for, but for one with a
     quantizer of its own, whose scales are not known to be good for other codes than its own."""
     if spec.quantizer is not None:
         return f"format {spec.name} has its own quantizer"
+    form = affine(spec)
     try:
-        scale_and_offset(spec)
+        levels_of(spec, form.coeff), levels_of(spec, form.offset)
     except FormatError as error:
         return str(error)
     return None
@@ -84,8 +87,7 @@ def quantize(
     """Stored planes, in spec order, of a float ``[N, K]`` weight under ``hessian`` ``[K, K]``, the sum of x xᵀ over inputs.
 
     Scales and offsets of a group minimize its squared error weighted by the diagonal of H. Rows are worked on in chunks.
-    Raises :class:`~qcompile.errors.FormatError` for formats of several code or scale planes or with their own quantizer
-    (see :func:`why_not`), :class:`~qcompile.errors.WeightError`, naming ``layer``, when weight or Hessian have NaN or
+    Raises :class:`~qcompile.errors.FormatError` for formats with their own quantizer (see :func:`why_not`), :class:`~qcompile.errors.WeightError`, naming ``layer``, when weight or Hessian have NaN or
     infinite values.
     """
     if (reason := why_not(spec)) is not None:
@@ -93,37 +95,31 @@ def quantize(
     n, k = weight.shape
     cols = spec.padded(n, k)[1]
     curvature = hessian if isinstance(hessian, Curvature) else Curvature.of(hessian, cols, layer)
-    step = max(16, CHUNK_ELEMENTS // cols // 16 * 16)
-    parts: list[dict[str, torch.Tensor]] = []
-    for start in range(0, n, step):
-        chunk = weight[start : start + step].to(torch.float32)
-        if not torch.isfinite(chunk).all():
-            raise WeightError(f"{layer}: the weight has NaN or infinite values; repair the checkpoint, or leave this layer "
-                              "in float by a policy rule")  # fmt: skip
-        parts.append(_round_rows(spec, chunk, curvature, cols))
-    entries = {p.name: torch.cat([part[p.name] for part in parts]) for p in spec.planes}
-    return [pack_plane(p, entries[p.name], spec.plane_shape(p, n, k)) for p in spec.planes]
+    fixed = reference.whole_tensor_entries(spec, weight, layer)
+    parts = [_round_rows(spec, chunk, curvature, cols, fixed) for _, chunk in
+             reference.chunks(spec, weight, layer, CHUNK_ELEMENTS)]  # fmt: skip
+    entries = {p.name: parts[0][p.name] if p.rows == ALL else torch.cat([part[p.name] for part in parts]) for p in spec.planes}
+    planes = [stored for p in spec.planes for stored in pack_plane(spec, p, entries[p.name], n, k)]
+    return planes + ([torch.arange(k, dtype=torch.int32, device=weight.device)] if spec.permuted else [])
 
 
-def _round_rows(spec: FormatSpec, weight: torch.Tensor, curvature: Curvature, cols: int) -> dict[str, torch.Tensor]:
-    """Plane entries of float32 rows ``[N, K]``: codes ``[N, cols]``, scales ``[N, groups]``."""
+def _round_rows(
+    spec: FormatSpec, weight: torch.Tensor, curvature: Curvature, cols: int, fixed: Entries
+) -> dict[str, torch.Tensor]:
+    """Plane entries of float32 rows ``[N, K]``: codes ``[N, cols]``, scales as :func:`~qcompile.formats.search.fit` gives them."""
     n, k = weight.shape
     group = spec.period or cols
-    # A padded tail repeats the last weight, as in round-to-nearest; its importance is 0.
-    padded = torch.cat([weight, weight[:, -1:].expand(n, cols - k)], 1) if cols != k else weight
-    entries = fit(spec, padded.reshape(n, -1, group), curvature.importance.view(-1, group), SHRINKS)
-    scale_plane, offset_plane = scale_and_offset(spec)
+    padded, _ = reference.padded(spec, weight)  # the importance of the padding is 0
+    found = fit(spec, padded, curvature.importance, fixed, SHRINKS)
     # One column of the weight is one contiguous row here.
-    scale = entries[scale_plane.name].squeeze(-1).t().contiguous()
-    offset = entries[offset_plane.name].squeeze(-1).t().contiguous() if offset_plane else torch.zeros_like(scale)
+    scale = found.scale.t().contiguous()
+    offset = found.offset.t().contiguous() if found.offset is not None else torch.zeros_like(scale)
     work = padded.t()[curvature.order].contiguous()
     codes = _round_columns(spec, work, scale, offset, curvature, group)
     sorted_back = torch.empty_like(codes)
     sorted_back[curvature.order] = codes
     sorted_back[k:] = 0
-    plane = spec.codes[0]
-    result = {name: entry.squeeze(-1) for name, entry in entries.items()}
-    return result | {plane.name: sorted_back.t().contiguous().view(torch.int8 if plane.dtype == "i8" else torch.uint8)}
+    return found.entries | {spec.code.name: sorted_back.t().contiguous().view(spec.code.entry_dtype)}
 
 
 def _round_columns(
@@ -142,7 +138,7 @@ def _round_columns(
         errors = torch.empty_like(work[start:stop])
         for at in range(start, stop):
             column, s, o = work[at], scale[groups[at]], offset[groups[at]]
-            code = nearest_code(spec, column.sub(o).div_(s))
+            code = nearest_code(spec, column.sub(o).div_(torch.where(s == 0, 1.0, s)))
             codes[at] = code.view(torch.uint8)
             rounded = gen_values(spec, code).mul_(s).add_(o)
             error = torch.sub(column, rounded, out=errors[at - start]).div_(diagonal[at])

@@ -20,7 +20,8 @@ from ..formats.layout import check_planes
 from ..formats.scheme import Scheme
 from ..formats.spec import ROW
 from .cpp_build import load_library
-from .cpp_format import SCALE_TYPES, format_struct
+from .cpp_format import format_struct
+from .cpp_scale import element_type
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Float dtypes of x, y and bias and their numbers in the C interface."""
@@ -41,7 +42,7 @@ def source(scheme: Scheme) -> str:
 
 
 def _exports(scheme: Scheme) -> str:
-    planes = [(SCALE_TYPES.get(p.dtype, "int32_t"), p.name) for p in scheme.format.planes]
+    planes = [(element_type(p), p.name) for p in scheme.format.parts]
     parameters = ", ".join(f"const {kind}* plane_{name}" for kind, name in planes)
     values = "{" + ", ".join(f"plane_{name}" for _, name in planes) + "}"
     return f"""#define QC_EXPORT extern "C" __attribute__((visibility("default")))
@@ -56,6 +57,11 @@ QC_EXPORT int qc_linear(void* y, const void* x, const void* bias, int dtype, int
 
 QC_EXPORT void qc_decode(void* out, int dtype, int threads, int64_t n, int64_t k, int64_t padded, {parameters}) {{
   decode<Format>(out, dtype, n, k, padded, threads, {values});
+}}
+
+QC_EXPORT void qc_rows(void* out, const int64_t* rows, int64_t count, int dtype, int threads, int64_t k, int64_t padded,
+                       {parameters}) {{
+  gather_rows<Format>(out, dtype, rows, count, k, padded, threads, {values});
 }}
 
 QC_EXPORT const char* qc_variant(int64_t m, int dtype) {{
@@ -77,13 +83,16 @@ class CpuKernels:
         self.source = source(scheme)
         library, self.path = load_library(self.source, isa)
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        planes = (pointer,) * len(scheme.format.planes)
+        planes = (pointer,) * len(scheme.format.parts)
         self._linear = library.qc_linear
         self._linear.argtypes = [*(pointer,) * 3, *(number,) * 3, *(size,) * 5, *planes]
         self._linear.restype = number
         self._decode = library.qc_decode
         self._decode.argtypes = [pointer, number, number, size, size, size, *planes]
         self._decode.restype = None
+        self._rows = library.qc_rows
+        self._rows.argtypes = [pointer, pointer, size, number, number, size, size, *planes]
+        self._rows.restype = None
         self._variant = library.qc_variant
         self._variant.argtypes = [size, number]
         self._variant.restype = ctypes.c_char_p
@@ -136,6 +145,19 @@ class CpuKernels:
             self._decode(out.data_ptr(), DTYPES[native], torch.get_num_threads(), n, k, padded, *pointers)
         return out.to(dtype)
 
+    def rows(
+        self, planes: Sequence[torch.Tensor], indices: torch.Tensor, n: int, k: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Rows ``indices`` (int64, any shape, 0 … n − 1: not checked) of the weight that ``planes`` stand for:
+        ``[*indices.shape, k]`` in ``dtype``. Reads only the tiles of 16 rows that the indices name."""
+        padded, pointers = self._pointers(planes, n, k)
+        native = dtype if dtype in DTYPES else torch.float32
+        flat = indices.reshape(-1).to(torch.int64).contiguous()
+        out = torch.empty(*indices.shape, k, dtype=native)
+        if out.numel():
+            self._rows(out.data_ptr(), flat.data_ptr(), len(flat), DTYPES[native], torch.get_num_threads(), k, padded, *pointers)
+        return out.to(dtype)
+
     def variant(self, rows: int, dtype: torch.dtype) -> str:
         """Name of the kernel that serves ``rows`` rows of x of ``dtype``, for reports: rows…, panel…"""
         return self._variant(rows, DTYPES[dtype]).decode()
@@ -164,7 +186,7 @@ class CpuKernels:
         if self.scheme.activations == "int8" and spec.period == ROW and padded > LONGEST_INT_ROW:
             raise LayoutError(f"{self.scheme.label}: K = {k} overflows int32 sums of one scale per row (limit "
                               f"{LONGEST_INT_ROW}); use a format with groups")  # fmt: skip
-        return padded, [math.prod(spec.plane_shape(p, n, k)) * p.storage_dtype.itemsize for p in spec.planes]
+        return padded, [math.prod(spec.part_shape(p, n, k)) * p.dtype.itemsize for p in spec.parts]
 
     def _bias(self, bias: torch.Tensor, n: int) -> torch.Tensor:
         if bias.shape != (n,) or not bias.is_floating_point() or not bias.is_cpu:

@@ -26,7 +26,7 @@ REGISTERS_PER_BLOCK = 65_536
 
 @dataclass(frozen=True)
 class Tile:
-    """``kernel`` is gemv, dot, dot8 or decode (decode to a matrix, then the vendor's GEMM).
+    """``kernel`` is gemv, dot, dot8, decode (to a matrix, then the vendor's GEMM) or rows (of an embedding).
 
     ``tiles`` tiles of 16 weight rows and ``rows`` rows of x per block; ``step`` weights along K per step (gemv, decode);
     ``registers`` a limit per thread for the assembler (0: its own choice).
@@ -79,13 +79,13 @@ def at_arch(table: Mapping[int, V], arch: int) -> V:
     return table[max((a for a in table if a <= arch), default=min(table))]
 
 
-def product_tile(kernel: str, rows: int, arch: int, period: int) -> Tile:
-    """The tile of ``kernel`` dot or dot8. A product that is scaled per period needs a second set of accumulators."""
-    roomy = period == ROW if kernel == "dot8" or arch != 90 else period == ROW or period >= 64
+def product_tile(kernel: str, rows: int, arch: int, granule: int) -> Tile:
+    """The tile of ``kernel`` dot or dot8. A product that is scaled per granule needs a second set of accumulators."""
+    roomy = granule == ROW if kernel == "dot8" or arch != 90 else granule == ROW or granule >= 64
     if rows > 64 and roomy and (kernel == "dot8" or arch >= 90):
         tile = MANY_ROWS
     else:
-        tile = next(tile for most, tile in ROWS if min(rows, MOST_ROWS.get(period, rows)) <= most)
+        tile = next(tile for most, tile in ROWS if min(rows, MOST_ROWS.get(granule, rows)) <= most)
     registers = REGISTERS.get((kernel, arch // 10 * 10, tile.rows), 0)
     return Tile(kernel, tile.tiles, tile.rows, tile.warps, tile.stages, registers=registers)
 
@@ -100,17 +100,22 @@ def quads(arch: int, triton: tuple[int, int]) -> bool:
     return arch < 90 and triton < (3, 8)
 
 
-def gemv_tile(group: int, period: int, kp: int) -> Tile:
+def gemv_tile(group: int, granule: int, kp: int) -> Tile:
     """Four 16-byte words a thread in each step, of one tile of 16 rows; short rows take shorter steps."""
     warps = 4
     step = 32 * warps * group
-    while step > max(period, group * 32) and step >= 2 * kp:
+    while step > max(granule, group * 32) and step >= 2 * kp:
         step //= 2
     return Tile("gemv", 1, 1, warps, 3, step)
 
 
-def decode_tile(group: int, period: int) -> Tile:
-    return Tile("decode", 1, 0, 4, 1, max(512, period, 4 * group))
+def decode_tile() -> Tile:
+    return Tile("decode", 1, 0, 4, 1, 512)
+
+
+def rows_tile() -> Tile:
+    """Eight weights a thread."""
+    return Tile("rows", 1, 0, 4, 1, 1024)
 
 
 def splits(arch: int, blocks: int, steps: int, rows: int, bits: float) -> int:

@@ -16,8 +16,9 @@ from ..target import Target, of
 from . import tiles
 from .triton_act import quantize
 from .triton_dot import dot, dot8
-from .triton_gemv import decode, gemv, reduce
-from .triton_launch import Call, decode_weight
+from .triton_decode import decode, rows
+from .triton_gemv import gemv, reduce
+from .triton_launch import Call, decode_weight, gather_rows
 from .triton_load import content_hash, interpreting, load
 from .triton_print import Printer
 from .triton_text import module
@@ -42,35 +43,40 @@ def triton_kernels(scheme: Scheme) -> TritonKernels:
 
 
 class TritonKernels:
-    """``linear`` and ``decode`` for one scheme on CUDA (or under Triton's interpreter on the CPU).
+    """``linear``, ``decode`` and ``rows`` for one scheme on CUDA (or under Triton's interpreter on the CPU).
 
     Results do not depend on scheduling: a product that is split along K is summed in a fixed order.
     """
 
+    permutes = torch.version.hip is None
+    """Whether the GPU has the instruction of tables: NVIDIA's do; others select by bits."""
+
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
-        self.printer = Printer(scheme.format)
+        self.printer = Printer(scheme.format, self.permutes)
         self.printer.check()
         self.tag = content_hash(scheme.key)[:8]
         self.source = self._print()
 
     def _print(self) -> str:
         printer, tag = self.printer, self.tag
-        kernels = [decode(printer, f"decode_{tag}"), reduce(f"reduce_{tag}")]
-        if self.scheme.activations is None:
-            kernels += [gemv(printer, f"gemv_{tag}"), dot(printer, f"dot_{tag}")]
-        else:
-            kernels += [quantize(printer, f"quantize_{tag}", self.scheme.activations), dot8(printer, f"dot8_{tag}")]
-            if self.scheme.activations == "fp8":
-                kernels.append(dot(printer, f"dot_{tag}"))
-        return module(self.scheme.label, kernels)
+        kernels = [decode(printer, f"decode_{tag}"), rows(printer, f"rows_{tag}"), reduce(f"reduce_{tag}")]
+        if printer.fused:
+            kernels.append(dot(printer, f"dot_{tag}"))
+        if self.scheme.activations is not None:
+            kernels.append(quantize(printer, f"quantize_{tag}", self.scheme.activations))
+            if printer.fused8:
+                kernels.append(dot8(printer, f"dot8_{tag}"))
+        elif printer.streams:
+            kernels.append(gemv(printer, f"gemv_{tag}"))
+        return module(self.scheme.label, kernels, printer.imports)
 
     @functools.cached_property
     def module(self) -> ModuleType:
         return load(self.source)
 
     def kernel(self, name: str) -> Any:
-        """The jitted function gemv, dot, dot8, quantize, decode or reduce of this scheme."""
+        """The jitted function gemv, dot, dot8, quantize, decode, rows or reduce of this scheme."""
         return getattr(self.module, f"{name}_{self.tag}")
 
     def type(self, name: str) -> Any:
@@ -84,22 +90,31 @@ class TritonKernels:
         """
         if dtype not in TYPES:
             raise KernelBuildError(f"no Triton kernel for activations of {dtype}; use float16, bfloat16 or float32")
-        arch, exact, wide = int(target.arch), self.printer.exact16, dtype == torch.float32
-        group, period = self.printer.group, self.scheme.format.period
-        if self.scheme.activations == "int8" or (self.scheme.activations == "fp8" and target.computes_fp8):
-            return Variant(tiles.product_tile("dot8", rows, arch, period), "int8", "int8")
-        if self.scheme.activations == "fp8":
-            return Variant(tiles.product_tile("dot", rows, arch, period), "float16", "float16")
-        bits = sum(p.bits for p in self.scheme.format.codes)
-        if rows == 1 and (wide or bits >= tiles.at_arch(tiles.GEMV_BITS, arch)):
-            return Variant(tiles.gemv_tile(group, period, kp), self.printer.wide, "float32")
+        arch, printer = int(target.arch), self.printer
+        if self.scheme.activations is not None:
+            return self._narrow(rows, dtype, target)
+        wide, granule = dtype == torch.float32, printer.granule
+        few = rows == 1 and (wide or self.scheme.format.code.bits >= tiles.at_arch(tiles.GEMV_BITS, arch) or not printer.fused)
+        if few and printer.streams:
+            return Variant(tiles.gemv_tile(printer.group, granule, kp), printer.wide, "float32")
         limit = tiles.DECODE_FROM_FLOAT32 if wide else tiles.at_arch(tiles.DECODE_FROM, arch)
-        if rows >= limit or (wide and not exact):
-            return Variant(tiles.decode_tile(group, period), self.printer.wide, TYPES[dtype])
+        if rows >= limit or not printer.fused or (wide and not printer.exact16):
+            return Variant(tiles.decode_tile(), printer.wide, TYPES[dtype])
         if wide:
             # bfloat16 holds every gen exactly and has float32's range: x is the sum of two such terms, to 2^-17.
             return Variant(tiles.FLOAT32_ROWS, "bfloat16", "bfloat16", terms=2)
-        return Variant(tiles.product_tile("dot", rows, arch, period), TYPES[dtype] if exact else "float32", TYPES[dtype])
+        return Variant(tiles.product_tile("dot", rows, arch, granule), TYPES[dtype], TYPES[dtype])
+
+    def _narrow(self, rows: int, dtype: torch.dtype, target: Target) -> Variant:
+        """Products of quantized activations: on 8-bit units, else on 16-bit ones (float16 holds all codes), else of the
+        decoded weight, where scales change too often for either."""
+        arch, printer = int(target.arch), self.printer
+        units = self.scheme.activations == "int8" or (target.computes_fp8 and self.permutes)
+        if printer.fused8 and units:
+            return Variant(tiles.product_tile("dot8", rows, arch, printer.granule), "int8", "int8")
+        if printer.fused:
+            return Variant(tiles.product_tile("dot", rows, arch, printer.granule), "float16", "float16")
+        return Variant(tiles.decode_tile(), "float32", TYPES[dtype])
 
     def linear(
         self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, n: int, variant: Variant | None = None
@@ -130,8 +145,19 @@ class TritonKernels:
         self._target(out)
         if out.numel():
             with torch.cuda.device_of(out):
-                decode_weight(self, planes, out, tiles.decode_tile(self.printer.group, self.scheme.format.period))
+                decode_weight(self, planes, out, tiles.decode_tile())
         return out
+
+    def rows(
+        self, planes: Sequence[torch.Tensor], indices: torch.Tensor, n: int, k: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Rows ``indices`` (int64, any shape, each in 0…N−1) of the N×K weight of ``planes``: ``[*indices.shape, K]``."""
+        out = torch.empty(indices.numel(), k, dtype=dtype, device=planes[0].device)
+        self._target(out)
+        if out.numel():
+            with torch.cuda.device_of(out):
+                gather_rows(self, planes, indices.reshape(-1).contiguous(), out, n)
+        return out.reshape(*indices.shape, k)
 
     def _target(self, x: torch.Tensor) -> Target:
         if x.is_cuda:

@@ -10,27 +10,17 @@ pairs of neighbours, and (slot, group, j) for 8-bit operands, whose threads own 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import sympy
 
-from ..errors import FormatError
-from ..formats.spec import ROW
+from ..formats.algebra import Affine
+from ..formats.spec import ROW, Part, Plane
+from . import triton_scale as scale
 from . import triton_text as text
-from .triton_act import bytes8
-from .triton_print import Printer, joined, linear_gen
-
-STEP = 128
-"""Weights of a row that one step of the loop covers, in as many products as it has periods."""
-SHORTEST_8BIT = 32
-
-
-def blocks(printer: Printer) -> tuple[int, int]:
-    """(products in one step, weights of a row in one product)."""
-    period = printer.spec.period
-    if period == ROW:
-        return 1, STEP
-    size = next(b for b in (128, 64, 32, 16) if period % b == 0)
-    return STEP // size, size
+from .triton_act import STEP, blocks, bytes8, form8, is_integer
+from .triton_print import Printer
+from .triton_words import joined
 
 
 def dot(printer: Printer, name: str) -> str:
@@ -41,15 +31,14 @@ def dot(printer: Printer, name: str) -> str:
 def dot8(printer: Printer, name: str) -> str:
     """out[M, N] = x_scale·(x·Wᵀ) (+ bias) for x quantized per token: int8·int8 → int32, or e4m3 times an fp8 weight.
 
-    Raises :class:`FormatError` when scales change more often than every 32 weights, the least that 8-bit units sum.
+    The format's ``printer.fused8`` must hold.
     """
-    if blocks(printer)[1] < SHORTEST_8BIT:
-        raise FormatError(f"format {printer.spec.name!r}: scales change every {printer.spec.period} weights, but 8-bit matrix "
-                          f"units sum {SHORTEST_8BIT} products; use activations=None")  # fmt: skip
     return _kernel(printer, name, narrow=True)
 
 
 def _kernel(printer: Printer, name: str, narrow: bool) -> str:
+    # A quarter of a product: then the four threads that share a row of the operand own four groups.
+    printer = replace(printer, most=blocks(printer)[1] // 4)
     arguments = (f"x_ptr, x_scale_ptr, x_sum_ptr, {text.plane_arguments(printer)}, bias_ptr, out_ptr, "
                  "M, N, K, KP, x_stride, tiles, steps, "
                  + text.constexprs("BT", "BM", "STAGES", "EVEN", "PARTIAL", "HAS_BIAS", "HAS_SCALE", "DEC", "DOT",
@@ -57,7 +46,7 @@ def _kernel(printer: Printer, name: str, narrow: bool) -> str:
     body = [
         *_where(printer), *([] if narrow else printer.units()), *text.begin_end(), *text.word_pointers(printer),
         *_x_pointers(printer, narrow), *_scale_pointers(printer), *_accumulators(printer, narrow),
-        *([f"periods = KP // {printer.spec.period}"] if narrow and printer.spec.period else []),
+        *([f"sums = KP // {blocks(printer)[1]}"] if narrow and printer.granule else []),
         *_scale_loads(printer, "begin"),
         "for step in tl.range(begin, end, num_stages=STAGES):",
         *text.indented(_step(printer, narrow), 1),
@@ -70,6 +59,7 @@ def _where(printer: Printer) -> Iterator[str]:
     count, size = blocks(printer)
     yield f"BK: tl.constexpr = {count * size}"
     yield f"BG: tl.constexpr = {size // printer.group}"
+    yield "L: tl.constexpr = 16"
     yield "BN: tl.constexpr = BT * 16"
     yield "first_row = tl.program_id(0).to(tl.int64) * BM"
     yield "first_tile = tl.program_id(1).to(tl.int64) * BT"
@@ -102,22 +92,59 @@ def _scale_pointers(printer: Printer) -> Iterator[str]:
     """``f_{plane}`` [BN]: row n of the padded weight, clamped to the last tile."""
     yield "column = tl.minimum(tl.arange(0, BN), (tiles - first_tile.to(tl.int32)) * 16 - 1)"
     for p in text.group_planes(printer):
-        entries = f"(KP // {p.per} * 16)"
-        yield f"f_{p.name} = p_{p.name} + first_tile * {entries} + column // 16 * {entries} + column % 16"
+        for part in p.parts:
+            per_tile = f"(KP // {text.span(part)} * {text.lanes_of(p)})"
+            yield f"f_{part.name} = p_{part.name} + first_tile * {per_tile} + column // 16 * {per_tile}{_lane(p)}"
     for p in text.row_planes(printer):
-        yield f"v_{p.name} = tl.load(p_{p.name} + first_tile * 16 + column)"
+        for part in p.parts:
+            yield f"n_{part.name} = tl.load(p_{part.name} + first_tile * {text.lanes_of(p)} + {_row(p)})"
+        yield f"v_{p.name} = {text.row_entry(p)}"
+
+
+def _lane(plane: Plane) -> str:
+    return " + column % 16" if text.lanes_of(plane) > 1 else ""
+
+
+def _row(plane: Plane) -> str:
+    return "column" if text.lanes_of(plane) > 1 else "column // 16"
+
+
+def _loads(printer: Printer, part: Part) -> int:
+    """Loads of ``part`` in a step: one for each stored element that it touches at known places, else one for each product."""
+    count, size = blocks(printer)
+    covered = text.span(part)
+    return STEP // covered if STEP % covered == 0 else 1 if covered % STEP == 0 else count
 
 
 def _scale_loads(printer: Printer, step: str) -> Iterator[str]:
-    count, size = blocks(printer)
+    """``n_{part}{i}`` [BN] of step ``step``; beyond the end of K, where x is zero, those of the end."""
     for p in text.group_planes(printer):
-        for b in range(count):
-            entry = f"tl.minimum((({step}) * BK + {b * size}) // {p.per}, KP // {p.per} - 1)"
-            yield f"n_{p.name}{b} = tl.load(f_{p.name} + {entry} * 16)"
+        for part in p.parts:
+            covered, count = text.span(part), _loads(printer, part)
+            for i in range(count):
+                at = f"tl.minimum((({step}) * {STEP} + {i * (STEP // count)}) // {covered}, KP // {covered} - 1)"
+                yield f"n_{part.name}{i} = tl.load(f_{part.name} + {at} * {text.lanes_of(p)})"
+
+
+def _entries(printer: Printer, b: int) -> Iterator[str]:
+    """``v_{plane}`` [BN] of product b of this step."""
+    count, size = blocks(printer)
+
+    def loaded(part: Part) -> str:
+        return f"n_{part.name}{b * _loads(printer, part) // count}"
+
+    def shift(part: Part) -> str:
+        per = part.plane.per
+        if STEP % text.span(part) == 0:
+            return str(b * size // per % part.entries * part.bits)
+        return f"(step * {STEP} + {b * size}) // {per} % {part.entries} * {part.bits}"
+
+    for p in text.group_planes(printer):
+        yield f"v_{p.name} = {scale.entry(p, loaded, shift)}"
 
 
 def _accumulators(printer: Printer, narrow: bool) -> Iterator[str]:
-    integer = narrow and linear_gen(printer.spec) is not None and printer.spec.period == ROW
+    integer = narrow and is_integer(printer) and printer.granule == ROW
     yield f"acc = tl.zeros([BN, BM], {'tl.int32' if integer else 'tl.float32'})"
     if not narrow and printer.form.offset != 0:
         yield f"ones = tl.full([{blocks(printer)[1]}, 8], 1.0, DOT)"
@@ -127,7 +154,7 @@ def _accumulators(printer: Printer, narrow: bool) -> Iterator[str]:
 def _step(printer: Printer, narrow: bool) -> Iterator[str]:
     count, size = blocks(printer)
     for b in range(count):
-        yield from text.word_loads(printer, f"(step * {count} + {b}) * BG", tag=f"_{b}")
+        yield from text.word_loads(printer, f"(step * {count} + {b}) * BG", f"_{b}", b * size)
         base = f"step * BK + {b * size}"
         yield "if EVEN:"
         yield f"    x{b} = tl.load(x_from + ({base}))"
@@ -138,15 +165,14 @@ def _step(printer: Printer, narrow: bool) -> Iterator[str]:
             yield "if SUM_LOAD:"
             yield f"    xn{b} = tl.load({natural} + ({base}), mask=(order + ({base}) < K)[None, :], other=0.0)"
     for b in range(count):
-        for p in text.group_planes(printer):
-            yield f"v_{p.name} = n_{p.name}{b}"
+        yield from _entries(printer, b)
         yield from (_product8(printer, b) if narrow else _product(printer, b))
     # One step ahead in registers: a vector of scales is too narrow for an asynchronous copy.
     yield from _scale_loads(printer, "step + 1")
 
 
 def _product(printer: Printer, b: int) -> Iterator[str]:
-    form, row = printer.form, printer.spec.period == ROW
+    form, row = printer.form, printer.granule == ROW
     lines, names = printer.elements(f"_{b}")
     yield from lines
     yield f"g = {joined([e for r in names for e in r])}.to(DOT)"
@@ -186,11 +212,10 @@ def _column(printer: Printer, expr: sympy.Expr, unit: bool = True) -> str:
 
 
 def _product8(printer: Printer, b: int) -> Iterator[str]:
-    form, row = printer.form, printer.spec.period == ROW
+    form, row, integer = form8(printer), printer.granule == ROW, is_integer(printer)
     yield from bytes8(printer, f"_{b}")
     names = [f"b{s}{j}_{b}" for s in range(printer.slots) for j in range(4)]
     yield f"g = {_tile(printer, joined(names), True)}"
-    integer = linear_gen(printer.spec) is not None
     kind = "out_dtype=tl.int32" if integer else "out_dtype=tl.float32"
     if integer and row:
         yield f"acc = tl.dot(g, tl.trans(x{b}), acc, {kind})"
@@ -199,15 +224,14 @@ def _product8(printer: Printer, b: int) -> Iterator[str]:
     yield f"part_sum = tl.dot(g, tl.trans(x{b}), {kind}).to(tl.float32)"
     yield "acc += part_sum" if row else f"acc += part_sum * {_column(printer, form.coeff, unit=False)}"
     if form.offset != 0 and not row:
-        _, size = blocks(printer)
-        yield f"entry = (step * BK + {b * size}) // {printer.spec.period} + row * 0"
-        yield "sum_x = tl.load(x_sum_ptr + (first_row + row) * periods + entry, mask=entry < periods, other=0.0)"
+        yield f"entry = step * {blocks(printer)[0]} + {b} + row * 0"
+        yield "sum_x = tl.load(x_sum_ptr + (first_row + row) * sums + entry, mask=entry < sums, other=0.0)"
         yield f"acc += sum_x[None, :] * {_column(printer, form.offset, unit=False)}"
 
 
 def _end(printer: Printer, narrow: bool) -> Iterator[str]:
-    form = printer.form
-    if printer.spec.period == ROW:
+    form: Affine = form8(printer) if narrow else printer.form
+    if printer.granule == ROW:
         yield f"acc = acc.to(tl.float32) * {_column(printer, form.coeff, unit=not narrow)}"
         if form.offset != 0:
             total = "tl.load(x_sum_ptr + first_row + row)[None, :]" if narrow else SPREAD

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..formats.spec import ROW, TILE_N
+from ..formats.spec import TILE_N
 from . import tiles
-from .triton_dot import blocks
+from .triton_act import blocks
 from .triton_load import triton_version
 
 if TYPE_CHECKING:
@@ -31,6 +31,18 @@ def decode_weight(kernels: TritonKernels, planes: Sequence[torch.Tensor], out: t
     kernels.kernel("decode")[(ceil(count, tile.tiles), ceil(kp, tile.step))](
         *planes, out, n, k, kp, count, BT=tile.tiles, BK=tile.step, EVEN=kp % tile.step == 0,
         DEC=kernels.type(kernels.printer.wide), **options(tile),
+    )  # fmt: skip
+
+
+def gather_rows(
+    kernels: TritonKernels, planes: Sequence[torch.Tensor], indices: torch.Tensor, out: torch.Tensor, n: int
+) -> None:
+    """Fills ``out[i]`` ``[count, K]`` with row ``indices[i]`` of the N×K weight of ``planes``."""
+    count, k = out.shape
+    kp, tile = kernels.scheme.format.padded(n, k)[1], tiles.rows_tile()
+    kernels.kernel("rows")[(count, ceil(k, tile.step))](
+        indices, *planes, out, k, kp, BK=tile.step, EVEN=kp % tile.step == 0, DEC=kernels.type(kernels.printer.wide),
+        **options(tile),
     )  # fmt: skip
 
 
@@ -59,6 +71,8 @@ class Call:
         """Writes ``out[M, N]`` for ``x[M, K]`` whose rows are contiguous."""
         tile = self.variant.tile
         if tile.kernel == "decode":
+            if self.kernels.scheme.activations is not None:
+                x = self._rounded(x)
             weight = torch.empty(self.n, self.k, dtype=x.dtype, device=x.device)
             decode_weight(self.kernels, planes, weight, tile)
             torch.matmul(x, weight.t(), out=out)
@@ -72,7 +86,7 @@ class Call:
 
     def _split(self, blocks: int, steps: int, rows: int) -> tuple[int, int]:
         """(parts along K, steps of each part)."""
-        bits = sum(p.bits for p in self.kernels.scheme.format.codes)
+        bits = self.kernels.scheme.format.code.bits
         parts = tiles.splits(self.arch, blocks, steps, rows, bits)
         each = ceil(steps, parts)
         return ceil(steps, each), each
@@ -80,7 +94,7 @@ class Call:
     def _gemv(self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor) -> None:
         tile = self.variant.tile
         grid = ceil(self.tile_count, tile.tiles)
-        parts, each = self._split(grid, ceil(self.kp, tile.step), 1)
+        parts, each = self._split(grid, ceil(self.k, tile.step), 1)
         target = out if parts == 1 else torch.empty(parts, self.n, dtype=torch.float32, device=out.device)
         self.kernels.kernel("gemv")[(grid, parts)](
             x, *planes, bias, target, self.n, self.k, self.kp, self.tile_count, each, BT=tile.tiles, BK=tile.step,
@@ -99,15 +113,15 @@ class Call:
             width = self.kp
         rows = x.shape[0]
         grid = ceil(rows, tile.rows), ceil(self.tile_count, tile.tiles)
-        parts, each = self._split(grid[0] * grid[1], ceil(self.kp, count * size), rows)
+        parts, each = self._split(grid[0] * grid[1], ceil(width, count * size), rows)
         target = out if parts == 1 else torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
         self.kernels.kernel(tile.kernel)[(*grid, parts)](
             x, scale, sums, *planes, bias, target, rows, self.n, width, self.kp, x.stride(0), self.tile_count, each,
             BT=tile.tiles, BM=tile.rows, STAGES=tile.stages, EVEN=width % (count * size) == 0, PARTIAL=parts > 1,
             HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, DEC=self.kernels.type(self.variant.decoded),
             DOT=self.kernels.type(self.variant.operand), PARTS=self.variant.terms,
-            SUM_LOAD=tiles.sum_load(self.arch),
-            QUADS=tiles.quads(self.arch, triton_version()), **options(tile),
+            SUM_LOAD=tiles.sum_load(self.arch), QUADS=tiles.quads(self.arch, triton_version()),
+            **options(tile),
         )  # fmt: skip
         if parts > 1:
             self._reduce(target, bias, out)
@@ -119,15 +133,21 @@ class Call:
         )  # fmt: skip
 
     def _quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes ``[M, kp]`` (zero beyond K), scales ``[M]`` and sums of codes per period ``[M, periods]``."""
+        """Codes ``[M, kp]`` (zero beyond K), scales ``[M]`` and sums of codes per product ``[M, products]``."""
         dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[self.kernels.scheme.activations or ""]
-        if self.variant.tile.kernel == "dot":
+        if self.variant.tile.kernel != "dot8":
             dtype = getattr(torch, self.variant.decoded)
-        rows, period = x.shape[0], self.kernels.scheme.format.period
+        rows, printer = x.shape[0], self.kernels.printer
         codes = torch.empty(rows, self.kp, dtype=dtype, device=x.device)
         scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-        sums = torch.empty(rows, 1 if period == ROW else self.kp // period, dtype=torch.float32, device=x.device)
+        products = self.kp // blocks(printer)[1] if printer.granule else 1
+        sums = torch.empty(rows, products, dtype=torch.float32, device=x.device)
         self.kernels.kernel("quantize")[(rows,)](
             x, codes, scale, sums, self.k, self.kp, x.stride(0), BLOCK=QUANTIZE_BLOCK, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
         return codes, scale, sums
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` as its quantized form stands for it, in its own dtype: codes times scales, rounded once more."""
+        codes, scale, _ = self._quantize(x)
+        return (codes[:, : self.k].float() * scale[:, None]).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Pieces that every Triton skeleton is assembled from: arguments, word loads, scale loads, epilogue."""
+"""Pieces that every Triton skeleton is assembled from: arguments, word loads, scales of whole tiles, factors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import sympy
 
-from ..formats.spec import ROW, Plane
+from ..formats.spec import ROW, TILE_N, Part, Plane
+from . import triton_scale as scale
 from .triton_print import Printer
 
 Lines = Iterable[str]
@@ -22,56 +23,67 @@ def kernel(name: str, arguments: str, body: Lines) -> str:
 
 
 def plane_arguments(printer: Printer) -> str:
-    return ", ".join(f"p_{p.name}" for p in printer.spec.planes)
+    return ", ".join(f"p_{p.name}" for p in printer.spec.parts)
 
 
 def constexprs(*names: str) -> str:
     return ", ".join(f"{n}: tl.constexpr" for n in names)
 
 
-def word_pointers(printer: Printer) -> Iterator[str]:
-    """Pointers ``w_{plane}_{r}`` of ``[BT, BG·16]`` words: one contiguous run of memory for each tile of 16 rows.
+def tile_at(along: str) -> list[str]:
+    """Lines for whole tiles of 16 rows: the program's first tile on grid axis 0, its BT tiles (clamped to the last one)."""
+    return [
+        "L: tl.constexpr = 16",
+        "first_tile = tl.program_id(0).to(tl.int64) * BT",
+        f"{along} = tl.program_id(1)",
+        "local_tile = tl.minimum(tl.arange(0, BT), tiles - 1 - first_tile.to(tl.int32))",
+    ]
 
-    Needs ``first_tile`` (int64), ``local_tile`` [BT], ``KP`` and ``BG``; group g is ``{words}·16`` words further on.
+
+def word_pointers(printer: Printer, one_row: bool = False) -> Iterator[str]:
+    """Pointers ``w_{part}_{r}`` of ``[BT, BG·L]`` words: one contiguous run of memory for each tile of 16 rows.
+
+    Needs ``first_tile`` (int64), ``local_tile`` [BT], ``KP`` and ``BG``; group g is ``{words}·16`` words further on. A word
+    that several groups share is read for each: neighbouring threads read it, so memory gives it once. With ``one_row`` L is
+    1 and ``lane`` names the row of the tile.
     """
-    yield "at = tl.arange(0, BG * 16)"
-    for plane, r in printer.words:
-        per_tile = f"(KP // {32 // plane.bits} * 16)"
-        count = printer.words_of(plane)
-        column = "at" if count == 1 else f"(at // 16 * {16 * count} + {16 * r} + at % 16)"
-        yield (f"w_{plane.name}_{r} = p_{plane.name} + first_tile * {per_tile}"
+    yield "at = tl.arange(0, BG * L)"
+    for part, r in printer.words:
+        per_tile = f"(KP // {part.entries} * 16)"
+        count = printer.words_of(part)
+        column = f"(at // L * {16 * count} + {16 * r} + {'lane' if one_row else 'at % 16'})"
+        if printer.shares(part):
+            column = f"(at // 16 // {part.entries // printer.group} * 16 + at % 16)"
+        elif count == 1 and not one_row:
+            column = "at"
+        yield (f"w_{part.name}_{r} = p_{part.name} + first_tile * {per_tile}"
                f" + local_tile[:, None] * {per_tile} + {column}[None, :]")  # fmt: skip
 
 
-def word_loads(printer: Printer, group: str, tag: str = "") -> Iterator[str]:
-    """Loads ``q_{plane}_{r}{tag}`` of ``[BT, BG, 16]`` words that begin at group ``group``; zero beyond KP if not EVEN."""
-    yield "if EVEN:"
-    for plane, r in printer.words:
-        where = f"w_{plane.name}_{r} + ({group}) * {16 * printer.words_of(plane)}"
-        yield f"    d_{plane.name}_{r}{tag} = tl.load({where})"
-    yield "else:"
-    for plane, r in printer.words:
-        where = f"w_{plane.name}_{r} + ({group}) * {16 * printer.words_of(plane)}"
-        yield (f"    d_{plane.name}_{r}{tag} = tl.load({where}, "
-               f"mask=(({group}) + at // 16 < KP // {printer.group})[None, :], other=0)")  # fmt: skip
-    for plane, r in printer.words:
-        yield f"q_{plane.name}_{r}{tag} = tl.reshape(d_{plane.name}_{r}{tag}, [BT, BG, 16])"
+def word_loads(printer: Printer, group: str, tag: str = "", inside: int = 0) -> Iterator[str]:
+    """Loads ``q_{part}_{r}{tag}`` of ``[BT, BG, L]`` words that begin at group ``group``; zero beyond KP if not EVEN.
 
-
-def joined_shape(printer: Printer) -> str:
-    """[BT, BG, 16, 2, 2, …]: the shape of joined elements, one dimension for each bit of k inside a group."""
-    return ", ".join(["BT", "BG", "16", *["2"] * (printer.group.bit_length() - 1)])
+    Words that groups share are shifted to the weights of their group; ``inside`` is the first weight's number, modulo all
+    lengths of words.
+    """
+    for even in (True, False):
+        yield "if EVEN:" if even else "else:"
+        for part, r in printer.words:
+            first = f"({group}) // {part.entries // printer.group}" if printer.shares(part) else f"({group}) * {printer.words_of(part)}"
+            mask = "" if even else f", mask=(({group}) + at // L < KP // {printer.group})[None, :], other=0"
+            yield f"    d_{part.name}_{r}{tag} = tl.load(w_{part.name}_{r} + {first} * 16{mask})"
+    for part, r in printer.words:
+        shift = ""
+        if printer.shares(part):
+            step, start = printer.slots * part.bits, inside % part.entries // 4 * part.bits
+            shift = f" >> {start}"
+        yield f"q_{part.name}_{r}{tag} = tl.reshape(d_{part.name}_{r}{tag}, [BT, BG, L]){shift}"
 
 
 def natural(printer: Printer) -> str:
-    """Permutation of joined elements [BT, BG, 16, j0, j1, s…] that puts the bits of k last, highest first."""
+    """Permutation of joined elements [BT, BG, L, j0, j1, s…] that puts the bits of k last, highest first."""
     bits = printer.group.bit_length() - 1
     return ", ".join(map(str, [0, 1, 2, *range(2 + bits, 2, -1)]))
-
-
-def loop_planes(printer: Printer, expr: sympy.Expr) -> list[Plane]:
-    """Scale planes of ``expr`` that change along K."""
-    return [p for p in printer.span(expr) if p.per != ROW]
 
 
 def row_planes(printer: Printer) -> list[Plane]:
@@ -82,47 +94,84 @@ def group_planes(printer: Printer) -> list[Plane]:
     return [p for p in printer.spec.scales if p.per != ROW]
 
 
-# Scales of whole tiles, [BT, periods, 1, 16]: what the kernels without a matrix product use.
+def lanes_of(plane: Plane) -> int:
+    """Entries stored side by side for the rows of a tile: 16, or 1 where rows share them."""
+    return TILE_N if plane.rows == 1 else 1
 
 
-def tile_scale_pointers(printer: Printer) -> Iterator[str]:
-    """Pointers ``f_{plane}`` of ``[BT, E·16]`` scales, E = ``E_{plane}`` entries in a step of BK weights."""
+def span(part: Part) -> int:
+    """Weights that one stored element of a scale covers."""
+    return part.plane.per * part.entries
+
+
+def row_entry(plane: Plane) -> str:
+    """The entry of a plane with one per row, from ``n_{part}``: the lowest bits of its byte."""
+    return scale.entry(plane, lambda part: f"n_{part.name}", lambda part: "0")
+
+
+# Scales of whole tiles, [BT, granules, 1, L]: what the kernels without a matrix product use. A granule is the longest run of
+# weights, a power of two, that has one scale wherever it begins; entries that cover several granules are loaded for each.
+
+
+def granules(printer: Printer) -> list[str]:
+    """Constexpr ``BG`` groups and ``BP`` granules of a step of BK weights."""
+    count = "1" if printer.granule == ROW else f"BK // {printer.granule}"
+    return [f"BG: tl.constexpr = BK // {printer.group}", f"BP: tl.constexpr = {count}"]
+
+
+def tile_scale_pointers(printer: Printer, one_row: bool = False) -> Iterator[str]:
+    """Pointers ``f_{part}`` of ``[BT, BP·L]`` scales at the first step; planes with an entry per row are loaded as ``v_{plane}``."""
+    if group_planes(printer):
+        yield "granule = tl.arange(0, BP * L) // L"
     for p in group_planes(printer):
-        per_tile = f"(KP // {p.per} * 16)"
-        yield f"E_{p.name}: tl.constexpr = max(BK // {p.per}, 1)"
-        yield f"t_{p.name} = tl.arange(0, E_{p.name} * 16)"
-        yield (f"f_{p.name} = p_{p.name} + first_tile * {per_tile} + local_tile[:, None] * {per_tile}"
-               f" + t_{p.name}[None, :]")  # fmt: skip
+        lane = "" if lanes_of(p) == 1 else " + lane" if one_row else " + tl.arange(0, BP * L) % 16"
+        for part in p.parts:
+            per_tile, ratio = f"(KP // {span(part)} * {lanes_of(p)})", span(part) // printer.granule
+            start = f"p_{part.name} + first_tile * {per_tile} + local_tile[:, None] * {per_tile}"
+            yield f"if BP % {ratio} == 0:"
+            yield f"    f_{part.name} = {start} + (granule // {ratio} * {lanes_of(p)}{lane})[None, :]"
+            yield "else:"
+            yield f"    f_{part.name} = {start} + (granule * 0{lane})[None, :]"
     for p in row_planes(printer):
-        yield (f"v_{p.name} = tl.reshape(tl.load(p_{p.name} + first_tile * 16 + local_tile[:, None] * 16"
-               " + tl.arange(0, 16)[None, :]), [BT, 1, 1, 16])")  # fmt: skip
+        lane = " * 0" if lanes_of(p) == 1 else " + lane" if one_row else ""
+        for part in p.parts:
+            start = f"p_{part.name} + first_tile * {lanes_of(p)} + local_tile[:, None] * {lanes_of(p)}"
+            yield f"n_{part.name} = tl.load({start} + (tl.arange(0, L){lane})[None, :])"
+        yield f"v_{p.name} = tl.reshape({row_entry(p)}, [BT, 1, 1, L])"
 
 
-def tile_scale_loads(printer: Printer, step: str, into: str = "n_") -> Iterator[str]:
-    """Loads ``{into}{plane}`` of the scales of step number ``step``; a step past the end gives zeros."""
+def tile_scale_loads(printer: Printer, step: str) -> Iterator[str]:
+    """Loads ``n_{part}`` of the scales of step number ``step``; a step past the end gives zeros."""
     for p in group_planes(printer):
-        entry = f"({step}) * BK // {p.per}"
-        yield (f"{into}{p.name} = tl.load(f_{p.name} + {entry} * 16, "
-               f"mask=({entry} + t_{p.name} // 16 < KP // {p.per})[None, :], other=0.0)")  # fmt: skip
+        for part in p.parts:
+            ratio, lanes = span(part) // printer.granule, lanes_of(p)
+            mask = f"mask=(({step}) * BP + granule < KP // {printer.granule})[None, :], other={0 if p.is_integer else 0.0})"
+            yield f"if BP % {ratio} == 0:"
+            yield f"    n_{part.name} = tl.load(f_{part.name} + ({step}) * (BP // {ratio} * {lanes}), {mask}"
+            yield "else:"
+            yield f"    n_{part.name} = tl.load(f_{part.name} + ((({step}) * BP + granule) // {ratio} * {lanes})[None, :], {mask}"
 
 
-def tile_scale_views(printer: Printer, source: str = "n_") -> Iterator[str]:
-    """``v_{plane}`` as [BT, periods, 1, 16], entries that cover several periods repeated."""
+def tile_scale_views(printer: Printer, step: str) -> Iterator[str]:
+    """``v_{plane}`` of step ``step`` as [BT, granules, 1, L]."""
     for p in group_planes(printer):
-        yield f"v_{p.name} = tl.reshape({source}{p.name}, [BT, E_{p.name}, 1, 16])"
-        if p.per != printer.spec.period:
-            yield (f"v_{p.name} = tl.reshape(tl.broadcast_to(v_{p.name}, [BT, E_{p.name}, BP // E_{p.name}, 16]),"
-                   " [BT, BP, 1, 16])")  # fmt: skip
+        each = p.per // printer.granule
+
+        def shift(part: Part, each: int = each) -> str:
+            return f"(({step}) * BP + granule) // {each} % {part.entries} * {part.bits}"
+
+        value = scale.entry(p, lambda part: f"n_{part.name}", lambda part: f"({shift(part)})[None, :]")
+        yield f"v_{p.name} = tl.reshape({value}, [BT, BP, 1, L])"
 
 
 def factor(printer: Printer, expr: sympy.Expr) -> str:
     """``coeff`` or ``offset`` over the names ``v_{plane}``, in float32."""
-    return printer.scaled(expr, {p.name: f"v_{p.name}" for p in printer.spec.scales})
+    return scale.expression(printer.spec, expr, {p.name: f"v_{p.name}" for p in printer.spec.scales})
 
 
 def begin_end() -> list[str]:
-    """The half-open range of K steps of this program, split along K by the last grid axis."""
-    return ["begin = part * steps", "end = tl.minimum(begin + steps, (KP + BK - 1) // BK)"]
+    """The half-open range of K steps of this program, split along K by the last grid axis; padding beyond K is left out."""
+    return ["begin = part * steps", "end = tl.minimum(begin + steps, (K + BK - 1) // BK)"]
 
 
 HEADER = '''"""Generated by qcompile.codegen.triton for {label}. Do not edit: the file name is the hash of its text."""
@@ -132,5 +181,6 @@ import triton.language as tl
 '''
 
 
-def module(label: str, kernels: Lines) -> str:
-    return "\n\n".join([HEADER.format(label=label), *kernels])
+def module(label: str, kernels: Lines, permutes: bool) -> str:
+    header = HEADER.format(label=label) + ("from triton.language.extra.cuda import libdevice\n" if permutes else "")
+    return "\n\n".join([header, *kernels])

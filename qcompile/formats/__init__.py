@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
-from ..errors import FormatError, UnknownFormatError
-from . import float as _float
-from . import integer as _integer
-from .algebra import Affine, affine
-from .scheme import Scheme, register_scheme, scheme_of
-from .spec import ROW, Codebook, FormatSpec, Plane, symbols
+import re
 
-__all__ = ["ROW", "Affine", "Codebook", "FormatSpec", "Plane", "REGISTRY", "Scheme", "affine", "get", "register_format",
-           "register_scheme", "scheme_of", "symbols"]  # fmt: skip
+from ..errors import FormatError, UnknownFormatError
+from . import codebook as _codebook
+from . import float as _float
+from . import gguf as _gguf
+from . import integer as _integer
+from .algebra import Affine, affine, gen_table, integer_gen, linear_gen
+from .scheme import Scheme, activations_of, register_scheme, scheme_of
+from .spec import ALL, ROW, Codebook, FormatSpec, Part, Plane, symbols
+
+__all__ = ["ALL", "ROW", "Affine", "Codebook", "FormatSpec", "Part", "Plane", "REGISTRY", "Scheme", "activations_of", "affine", "find",
+           "gen_table", "get", "integer_gen", "linear_gen", "register_format", "register_scheme", "scheme_of",
+           "symbols"]  # fmt: skip
 
 REGISTRY: dict[str, FormatSpec] = {}
+
+_FAMILIES = (*_integer.FAMILIES, *_codebook.FAMILIES)
 
 
 def register_format(spec: FormatSpec) -> FormatSpec:
     """Adds ``spec`` to the registry, so that policies can name it. Raises :class:`FormatError` when its value is not
-    ``coeff * gen + offset``, or when another format has the name."""
+    ``coeff * gen + offset``, or when another format has the name (in whatever case)."""
     affine(spec)
-    if REGISTRY.setdefault(spec.name, spec).fingerprint != spec.fingerprint:
-        raise FormatError(f"format {spec.name!r} is registered already with another declaration; choose another name")
-    return spec
+    known = find(spec.name)
+    if known is not None and known.fingerprint != spec.fingerprint:
+        raise FormatError(f"format {spec.name!r} is registered already with another declaration (as {known.name!r}); choose "
+                          "another name")  # fmt: skip
+    return REGISTRY.setdefault(spec.name, spec)
+
+
+def find(name: str) -> FormatSpec | None:
+    """The format ``name``: registered (upper and lower case alike), or a family's with numbers of its own, like "int3_g96",
+    which is registered by asking. None if there is none."""
+    if name in REGISTRY:
+        return REGISTRY[name]
+    folded = name.casefold()
+    for known in REGISTRY:
+        if known.casefold() == folded:
+            return REGISTRY[known]
+    for pattern, make in _FAMILIES:
+        if (match := re.fullmatch(pattern, folded)) and all(int(v) > 1 for v in match.groupdict().values()):
+            made: FormatSpec = make(**{k: int(v) for k, v in match.groupdict().items()})
+            return REGISTRY.setdefault(made.name, made)
+    return None
 
 
 def get(name: str) -> FormatSpec:
-    """The registered format ``name``. Raises :class:`UnknownFormatError` with the nearest names."""
-    if name not in REGISTRY:
+    """The format ``name``. Raises :class:`UnknownFormatError` with the nearest names."""
+    if (spec := find(name)) is None:
         raise UnknownFormatError(name, REGISTRY)
-    return REGISTRY[name]
+    return spec
 
 
-for _spec in (*_integer.FORMATS, *_float.FORMATS):
+for _spec in (*_integer.FORMATS, *_float.FORMATS, *_codebook.FORMATS, *_gguf.FORMATS):
     register_format(_spec)

@@ -1,10 +1,14 @@
 """The one physical layout of planes: 16-row interleaved 32-bit words.
 
-A code plane of b bits of an N×K weight is an int32 tensor ``[N/16, K/c, 16]`` with c = 32/b codes in a word. Word
+A code part of b bits of an N×K weight is an int32 tensor ``[N/16, K/c, 16]`` with c = 32/b codes in a word. Word
 ``(t, w, l)`` belongs to row ``n = 16·t + l`` and holds the weights ``k = c·w + 4·s + j`` at bits ``8·j + b·s``
 (byte j = 0…3, slot s = 0…8/b−1). Hence ``(word >> b·s) & mask`` gives four consecutive k as four bytes, which is what
 byte dot products take, and the sixteen lanes of a vector are sixteen rows, which makes horizontal sums unnecessary and
-scale vectors contiguous. Scale planes are ``[N/16, entries, 16]`` in their own dtype. Padding is zero.
+scale vectors contiguous. Codes of 3, 5, 6 and 7 bits are the sum of several such parts.
+
+Scales are ``[N/16, entries, 16]`` in their own dtype; integer scales below 8 bits have 8/b consecutive entries in a byte,
+the first in the lowest bits. Scales that rows share have one entry for each tile of 16 rows, ``[N/16, entries, 1]``.
+Padding is zero.
 """
 
 from __future__ import annotations
@@ -14,28 +18,46 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import LayoutError
-from .spec import TILE_N, FormatSpec, Plane
+from .spec import ALL, TILE_N, FormatSpec, Part, Plane
 
 
-def pack_plane(plane: Plane, entries: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """``[n, entries along K]`` (codes as uint8, or int8 for i8; scales as float) → the stored tensor of ``shape``.
+def pack_plane(spec: FormatSpec, plane: Plane, entries: torch.Tensor, n: int, k: int) -> list[torch.Tensor]:
+    """``[rows, entries along K]`` (uint8, or int8 for i8; floats) of an N×K weight → the stored tensors of the plane's parts.
 
     Rows and columns that ``entries`` lacks are stored as zero.
     """
+    if plane.rows != 1:
+        tiles = -(-n // TILE_N)
+        each = entries.expand(tiles, -1) if plane.rows == ALL else entries.repeat_interleave(plane.rows // TILE_N, 0)[:tiles]
+        return [_pack_scale(part, each, spec.part_shape(part, n, k)) for part in plane.parts]
+    pack = _pack_code if plane.is_code else _pack_scale
+    return [pack(part, entries, spec.part_shape(part, n, k)) for part in plane.parts]
+
+
+def _pack_code(part: Part, entries: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
     tiles, words, _ = shape
-    per_row = words * 32 // plane.bits if plane.is_code else words
-    n, cols = entries.shape
-    if not plane.is_code:
-        full = _padded(entries.to(plane.storage_dtype), tiles * TILE_N, per_row)
-        return full.view(tiles, TILE_N, words).transpose(1, 2).contiguous()
-    codes = _padded(entries.view(torch.uint8), tiles * TILE_N, per_row)
-    slots = 8 // plane.bits
+    slots = 8 // part.bits
+    codes = _padded(entries.view(torch.uint8), tiles * TILE_N, words * part.entries)
+    if part.bits != part.plane.bits:
+        codes = (codes >> part.shift) & (2**part.bits - 1)
     codes = codes.view(tiles, TILE_N, words, slots, 4)
     byte = codes[..., 0, :].clone()
     for s in range(1, slots):
-        byte |= codes[..., s, :] << (plane.bits * s)
+        byte |= codes[..., s, :] << (part.bits * s)
     word = byte.view(torch.int32).view(tiles, TILE_N, words)
     return word.transpose(1, 2).contiguous()
+
+
+def _pack_scale(part: Part, entries: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    tiles, along, lanes = shape
+    full = _padded(entries.to(part.plane.entry_dtype), tiles * lanes, along * part.entries)
+    if part.plane.is_integer and part.plane.bits < 8:
+        full = ((full >> part.shift) & (2**part.bits - 1)).view(tiles * lanes, along, part.entries)
+        byte = full[..., 0].clone()
+        for s in range(1, part.entries):
+            byte |= full[..., s] << (part.bits * s)
+        full = byte
+    return full.view(part.dtype).view(tiles, lanes, along).transpose(1, 2).contiguous()
 
 
 def _padded(entries: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
@@ -46,25 +68,47 @@ def _padded(entries: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     return full
 
 
-def unpack_plane(plane: Plane, stored: torch.Tensor, n: int) -> torch.Tensor:
-    """Inverse of :func:`pack_plane`: ``[n, padded entries along K]``; codes come as uint8 (int8 for i8)."""
-    tiles, words, _ = stored.shape
-    rows = stored.transpose(1, 2).contiguous()
-    if not plane.is_code:
-        return rows.view(tiles * TILE_N, words)[:n]
-    byte = rows.view(torch.uint8).view(tiles * TILE_N, words, 1, 4)[:n]
-    shifts = torch.arange(0, 8, plane.bits, dtype=torch.uint8, device=stored.device).view(1, 1, -1, 1)
-    codes = (byte >> shifts) & (2**plane.bits - 1)
-    codes = codes.reshape(n, words * 32 // plane.bits)
-    return codes.view(torch.int8) if plane.dtype == "i8" else codes
+def unpack_plane(plane: Plane, stored: Sequence[torch.Tensor], n: int) -> torch.Tensor:
+    """``[n, padded entries along K]`` of the stored parts of a plane of an N×K weight: uint8, int8 for i8, floats. Entries
+    that rows share are repeated for each of them."""
+    if not plane.is_integer:
+        return _rows_of(stored[0], n)
+    code = torch.zeros((), dtype=torch.uint8, device=stored[0].device)
+    for part, tensor in zip(plane.parts, stored, strict=True):
+        rows = _rows_of(tensor, n)
+        mask, shifts = 2**part.bits - 1, torch.arange(0, 8, part.bits, dtype=torch.uint8, device=tensor.device)
+        if plane.is_code:
+            byte = rows.view(torch.uint8).view(n, -1, 1, 4)
+            bits = ((byte >> shifts.view(1, 1, -1, 1)) & mask).reshape(n, -1)
+        else:
+            bits = ((rows.unsqueeze(-1) >> shifts) & mask).reshape(n, -1)
+        code = code | (bits << part.shift)
+    return code.view(plane.entry_dtype)
+
+
+def _rows_of(stored: torch.Tensor, n: int) -> torch.Tensor:
+    """``[N/16, along, 16 or 1]`` → a copy ``[n, along]``, contiguous also in the strides of dimensions of 1, as
+    ``view(dtype)`` asks."""
+    tiles, along, _ = stored.shape
+    rows = stored.new_empty(tiles, TILE_N, along).copy_(stored.transpose(1, 2))
+    return rows.view(tiles * TILE_N, along)[:n]
+
+
+def by_plane(spec: FormatSpec, stored: Sequence[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """Stored tensors (in spec order) by the name of their plane."""
+    grouped: dict[str, list[torch.Tensor]] = {p.name: [] for p in spec.planes}
+    for part, tensor in zip(spec.parts, stored, strict=False):
+        grouped[part.plane.name].append(tensor)
+    return grouped
 
 
 def check_planes(spec: FormatSpec, planes: Sequence[torch.Tensor], n: int, k: int, layer: str = "weight") -> None:
-    """Raises :class:`LayoutError` unless ``planes`` (in spec order) have the shapes and dtypes of an N×K weight."""
-    if len(planes) != len(spec.planes):
-        raise LayoutError(f"{layer}: format {spec.name} has {len(spec.planes)} planes, found {len(planes)}")
-    for plane, tensor in zip(spec.planes, planes, strict=True):
-        shape = spec.plane_shape(plane, n, k)
-        if tuple(tensor.shape) != shape or tensor.dtype != plane.storage_dtype:
-            raise LayoutError(f"{layer}: plane {plane.name!r} of {spec.name} for a {n}×{k} weight must be {plane.storage_dtype} "
+    """Raises :class:`LayoutError` unless ``planes`` (stored tensors in spec order) have the shapes and dtypes of an N×K weight."""
+    if len(planes) != len(spec.part_names):
+        raise LayoutError(f"{layer}: format {spec.name} has {len(spec.part_names)} planes, found {len(planes)}")
+    wanted: list[tuple[tuple[int, ...], torch.dtype]] = [(spec.part_shape(part, n, k), part.dtype) for part in spec.parts]
+    wanted += [((k,), torch.int32)] if spec.permuted else []
+    for name, (shape, dtype), tensor in zip(spec.part_names, wanted, planes, strict=True):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise LayoutError(f"{layer}: plane {name!r} of {spec.name} for a {n}×{k} weight must be {dtype} "
                               f"{list(shape)}, found {tensor.dtype} {list(tensor.shape)}; quantize or load it again")  # fmt: skip

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import FormatError, UnknownFormatError
-from .algebra import affine
+from .algebra import codebook_of_gen, integer_gen
 from .spec import FormatSpec
 
 ACTIVATIONS = {"int8": 127.0, "fp8": 448.0}
 """Activation types and the largest magnitude that a token's absolute maximum is mapped to."""
+
+
+def activations_of(spec: FormatSpec) -> tuple[str, ...]:
+    """Types of activations that a format's codes can be multiplied by in 8-bit units: "int8" if ``gen`` is an integer times
+    a power of two, within a byte; "fp8" if it is e4m3 or e5m2."""
+    book = codebook_of_gen(spec)
+    fp8 = book is not None and book.minifloat is not None and book.cast is not None
+    return (("int8",) if integer_gen(spec) is not None else ()) + (("fp8",) if fp8 else ())
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,8 @@ class Scheme:
             return
         if self.activations not in ACTIVATIONS:
             raise FormatError(f"activations={self.activations!r}: use None, 'int8' or 'fp8'")
-        integer = affine(self.format).integer
-        if integer != (self.activations == "int8"):
-            legal = "integer formats" if self.activations == "int8" else "float formats (fp8)"
+        if self.activations not in activations_of(self.format):
+            legal = "formats with integer values" if self.activations == "int8" else "fp8 formats"
             raise FormatError(f"activations={self.activations!r} go with {legal}; {self.format.name} is not one")
 
     @property
@@ -59,11 +66,12 @@ def scheme_of(key: str) -> Scheme:
     Registered formats are found by themselves, so that graphs from a compilation cache run in a fresh process.
     """
     if key not in _schemes:
-        from . import REGISTRY
+        from . import find
 
         name, _, rest = key.partition("@")
         _, _, activations = rest.partition("+")
-        found = Scheme(REGISTRY[name], activations or None) if name in REGISTRY else None
+        spec = find(name)
+        found = Scheme(spec, activations or None) if spec is not None else None
         if found is None or found.key != key:
             raise UnknownFormatError(key, _schemes)
         register_scheme(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,57 +17,106 @@ from ..errors import FormatError
 ROW = 0
 """``Plane.per`` of a plane with one entry for a whole row of the weight (per output channel)."""
 
+ALL = 0
+"""``Plane.rows`` of a plane whose entries serve every row of the weight; with ``per=ROW``: one entry per tensor."""
+
 TILE_N = 16
 """Rows interleaved in storage; see :mod:`qcompile.formats.layout`."""
 
-CODE_BITS = {"u1": 1, "u2": 2, "u4": 4, "u8": 8, "i8": 8}
-SCALE_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+INTEGERS = {**{f"u{bits}": bits for bits in range(1, 9)}, "i8": 8}
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Plane:
-    """One plane of a format: ``dtype`` is u1, u2, u4, u8, i8 (codes) or f32, f16, bf16 (scales and offsets).
+    """One plane of a format: codes, scales or offsets.
 
-    ``per`` says how many consecutive weights of a row one entry covers: 1 for codes, a group size for scales,
-    :data:`ROW` for one entry per row.
+    ``dtype`` is an integer of 1 to 8 bits (u1 … u8, i8) or a float (f32, f16, bf16). ``per`` says how many consecutive
+    weights of a row one entry covers: 1 for codes, a group size for scales, :data:`ROW` for one entry per row. ``rows``
+    says how many rows share an entry: 1, a multiple of 16 (a block), or :data:`ALL`.
     """
 
     name: str
     dtype: str
     per: int = 1
+    rows: int = 1
 
     def __post_init__(self) -> None:
-        if self.dtype not in CODE_BITS and self.dtype not in SCALE_DTYPES:
-            known = ", ".join([*CODE_BITS, *SCALE_DTYPES])
+        if self.dtype not in INTEGERS and self.dtype not in FLOATS:
+            known = ", ".join([*INTEGERS, *FLOATS])
             raise FormatError(f"plane {self.name!r}: unknown dtype {self.dtype!r}; use one of {known}")
-        if (self.dtype in CODE_BITS) != (self.per == 1):
-            raise FormatError(f"plane {self.name!r}: dtype {self.dtype} with per={self.per}; integer planes have per=1, "
-                              "float planes have per=ROW or a group size of 2 or more")  # fmt: skip
+        if self.per == 1 and (self.dtype in FLOATS or self.rows != 1):
+            raise FormatError(f"plane {self.name!r}: dtype {self.dtype} with per=1, rows={self.rows}; planes with an entry for "
+                              "each weight hold integer codes; scales have per=ROW or a group size of 2 or more")  # fmt: skip
+        if self.rows < 0 or (self.rows != 1 and self.rows % TILE_N):
+            raise FormatError(f"plane {self.name!r}: rows={self.rows}; use 1, a multiple of {TILE_N}, or ALL")
+        if self.per < 0 or (self.per == ROW and self.bits < 8):
+            raise FormatError(f"plane {self.name!r}: per={self.per} with {self.bits} bits; entries per row need 8 bits or a float")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise FormatError(f"plane name {self.name!r}: use lower-case letters, digits and _")
 
     @property
     def is_code(self) -> bool:
-        return self.dtype in CODE_BITS
+        return self.per == 1
+
+    @property
+    def is_integer(self) -> bool:
+        return self.dtype in INTEGERS
 
     @property
     def bits(self) -> int:
         """Bits of one entry."""
-        return CODE_BITS[self.dtype] if self.is_code else 8 * SCALE_DTYPES[self.dtype].itemsize
+        return INTEGERS[self.dtype] if self.is_integer else 8 * FLOATS[self.dtype].itemsize
 
     @property
-    def storage_dtype(self) -> torch.dtype:
-        """dtype of the stored tensor: int32 words for codes, the plane's own dtype for scales."""
-        return torch.int32 if self.is_code else SCALE_DTYPES[self.dtype]
+    def entry_dtype(self) -> torch.dtype:
+        """dtype of unpacked entries: uint8 or int8 for integers, the plane's own dtype for floats."""
+        if self.is_integer:
+            return torch.int8 if self.dtype == "i8" else torch.uint8
+        return FLOATS[self.dtype]
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The stored tensors: one, or for 3, 5, 6 and 7 bits one for each power of two of which the bits are the sum."""
+        if not self.is_integer:
+            return (Part(self.name, self, self.bits, 0),)
+        found, shift = [], 0
+        for bits in (8, 4, 2, 1):
+            if self.bits & bits:
+                found.append(Part(f"{self.name}_{shift}" if shift else self.name, self, bits, shift))
+                shift += bits
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of a plane: ``bits`` bits of every entry, from its bit ``shift`` on."""
+
+    name: str
+    plane: Plane
+    bits: int
+    shift: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the stored tensor: int32 words of codes, bytes of integer scales, the plane's own dtype for floats."""
+        if self.plane.is_code:
+            return torch.int32
+        return torch.uint8 if self.plane.is_integer else FLOATS[self.plane.dtype]
+
+    @property
+    def entries(self) -> int:
+        """Entries in one element of the stored tensor: of a word, of a byte, or 1."""
+        return (32 if self.plane.is_code else 8) // self.bits if self.plane.is_integer else 1
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """A function of one code given by its table. ``values[c]`` is the value of code c (NaN: no such value).
+    """A function of one integer plane given by its table. ``values[c]`` is the value of code c (NaN: no such value).
 
-    ``minifloat=(exponent bits, mantissa bits)`` marks an 8-bit float with a sign, so that printers may decode it with
-    integer shifts; ``cast`` names a torch dtype whose conversion rounds to it (nearest, ties to even).
-    Used in a value as ``NF4(q)``.
+    ``minifloat=(exponent bits, mantissa bits)`` marks a float of that shape, with a sign if one bit is left, so that
+    printers may decode it with shifts and ties are rounded to even; ``cast`` names a torch dtype whose conversion rounds
+    to it (nearest, ties to even). Used in a value as ``NF4(q)``.
     """
 
     name: str
@@ -87,9 +136,12 @@ class FormatSpec:
     """One weight format; everything else (packer, reference, kernels, size) follows from it.
 
     ``value`` is a sympy expression over symbols named as the planes and calls of ``codebooks``, for example
-    ``scale*(q - 8) + zero``. ``quantizer`` turns float weights into plane entries (see
-    :mod:`qcompile.formats.reference`); without one, round-to-nearest is derived from ``value``.
-    Raises :class:`FormatError` when planes and value do not fit together.
+    ``scale*(q - 8) + zero``. Exactly one plane holds codes. ``quantizer(spec, weight)`` turns float32 ``[n, K']`` into
+    entries ``[n, entries]`` (``[ceil(n/rows), entries]``) by plane name; without one, a search over scales is derived from
+    ``value`` (:mod:`qcompile.formats.search`), which tries the shares ``shrinks`` of a group's range (None: by the bits of
+    a code; (): the range itself, unrefined). A ``permuted`` format stores the weight's columns in another order, which
+    is kept in a further tensor ``order`` int32 ``[K]``: stored column i is column ``order[i]`` of the weight (GPTQ's
+    activation order). Raises :class:`FormatError` when planes and value do not fit together.
     """
 
     name: str
@@ -97,12 +149,15 @@ class FormatSpec:
     value: sympy.Expr
     codebooks: tuple[Codebook, ...] = ()
     quantizer: Quantizer | None = field(default=None, compare=False)
+    permuted: bool = False
+    shrinks: tuple[float, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.planes]
+        parts = [part.name for part in self.parts] + ["order"]
         used = {s.name for s in self.value.free_symbols}
-        if len(set(names)) != len(names):
-            raise FormatError(f"format {self.name!r}: two planes have one name in {names}")
+        if len(set(names)) != len(names) or len(set(parts)) != len(parts):
+            raise FormatError(f"format {self.name!r}: two planes have one name in {names} (stored as {parts})")
         if used != set(names):
             raise FormatError(
                 f"format {self.name!r}: value uses {sorted(used)}, planes are {sorted(names)}; they must agree"
@@ -110,52 +165,81 @@ class FormatSpec:
         calls = {f.func.__name__ for f in self.value.atoms(sympy.Function)}
         if unknown := calls - {c.name for c in self.codebooks}:
             raise FormatError(f"format {self.name!r}: value calls {sorted(unknown)}, which is not in codebooks=")
-        if not any(p.is_code for p in self.planes):
-            raise FormatError(f"format {self.name!r}: no plane holds codes (integer dtype with per=1)")
+        if len(codes := [p.name for p in self.planes if p.is_code]) != 1:
+            raise FormatError(f"format {self.name!r}: exactly one plane holds codes (per=1), found {codes}; codes of 3, 5, 6 or 7 "
+                              "bits are one plane u3, u5, u6 or u7")  # fmt: skip
+        if not re.fullmatch(r"\w+", self.name):
+            raise FormatError(f"format name {self.name!r}: use letters, digits and _")
 
     @cached_property
-    def codes(self) -> tuple[Plane, ...]:
-        return tuple(p for p in self.planes if p.is_code)
+    def code(self) -> Plane:
+        """The plane of codes."""
+        return next(p for p in self.planes if p.is_code)
 
     @cached_property
     def scales(self) -> tuple[Plane, ...]:
         return tuple(p for p in self.planes if not p.is_code)
 
     @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The stored tensors in their order, without ``order``."""
+        return tuple(part for plane in self.planes for part in plane.parts)
+
+    @cached_property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of all stored tensors."""
+        return (*(part.name for part in self.parts), *(("order",) if self.permuted else ()))
+
+    @cached_property
     def period(self) -> int:
-        """Weights over which every scale is constant: the smallest group, or :data:`ROW` if all are per row."""
-        groups = [p.per for p in self.scales if p.per != ROW]
-        return min(groups) if groups else ROW
+        """Weights over which every scale is constant: what all groups are multiples of, or :data:`ROW` if there are none."""
+        return math.gcd(*(p.per for p in self.scales if p.per != ROW))
 
     @cached_property
     def k_multiple(self) -> int:
-        """K is padded in storage to a multiple of this (groups, whole words, and 32 for wide tiles)."""
-        return math.lcm(32, *(p.per for p in self.scales if p.per != ROW), *(32 // p.bits for p in self.codes))
+        """K is padded in storage to a multiple of this (groups, whole words and bytes, and 32 for wide tiles)."""
+        return math.lcm(32, *(max(part.plane.per, 1) * part.entries for part in self.parts if part.plane.per != ROW))
+
+    @cached_property
+    def row_multiple(self) -> int:
+        """Rows that share scales, and so are quantized together."""
+        return math.lcm(TILE_N, *(p.rows for p in self.scales if p.rows != ALL))
 
     def padded(self, n: int, k: int) -> tuple[int, int]:
         """(N, K) of the stored planes of an N×K weight."""
         return -(-n // TILE_N) * TILE_N, -(-k // self.k_multiple) * self.k_multiple
 
-    def plane_shape(self, plane: Plane, n: int, k: int) -> tuple[int, int, int]:
-        """Shape of the stored tensor of ``plane`` for an N×K weight: ``[N/16, entries or words along K, 16]``."""
+    def entry_shape(self, plane: Plane, n: int, k: int) -> tuple[int, int]:
+        """(rows, entries along K) of the unpacked plane of an N×K weight."""
+        cols = self.padded(n, k)[1]
+        rows = 1 if plane.rows == ALL else -(-n // plane.rows)
+        return rows, 1 if plane.per == ROW else cols // plane.per
+
+    def part_shape(self, part: Part, n: int, k: int) -> tuple[int, int, int]:
+        """Shape of a stored tensor of an N×K weight: ``[N/16, words, bytes or entries along K, 16]``, with a last dimension
+        of 1 where rows share entries: those are stored once for every tile of 16 rows."""
         rows, cols = self.padded(n, k)
-        if plane.is_code:
-            return rows // TILE_N, cols * plane.bits // 32, TILE_N
-        return rows // TILE_N, 1 if plane.per == ROW else cols // plane.per, TILE_N
+        along = 1 if part.plane.per == ROW else cols // part.plane.per // part.entries
+        return rows // TILE_N, along, TILE_N if part.plane.rows == 1 else 1
 
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of the stored planes of an N×K weight, padding included."""
-        return sum(math.prod(self.plane_shape(p, n, k)) * p.storage_dtype.itemsize for p in self.planes)
+        stored = sum(math.prod(self.part_shape(p, n, k)) * p.dtype.itemsize for p in self.parts)
+        return stored + (4 * k if self.permuted else 0)
 
-    def bits_per_weight(self, k: int | None = None) -> sympy.Expr:
-        """Exact bits per weight; planes per row add bits/K, with K left symbolic unless given."""
-        cols = sympy.Symbol("K", positive=True) if k is None else sympy.Integer(k)
-        return sympy.Add(*(sympy.Rational(p.bits) / (cols if p.per == ROW else p.per) for p in self.planes))
+    def bits_per_weight(self, n: int | None = None, k: int | None = None) -> sympy.Expr:
+        """Exact bits per weight; what comes once a row, a column or a tensor adds bits/K, bits/N or bits/(N·K), with N and K
+        left symbolic unless given."""
+        height = sympy.Symbol("N", positive=True) if n is None else sympy.Integer(n)
+        width = sympy.Symbol("K", positive=True) if k is None else sympy.Integer(k)
+        each = [sympy.Rational(p.bits) / (width if p.per == ROW else p.per) / (height if p.rows == ALL else p.rows)
+                for p in self.planes]  # fmt: skip
+        return sympy.Add(*each, 32 / height if self.permuted else 0)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over every field that decides a value: name, planes, expression, tables."""
-        text = repr((self.name, self.planes, sympy.srepr(self.value), self.codebooks))
+        """16 hex digits over every field that decides a value: name, planes, expression, tables, order."""
+        text = repr((self.name, self.planes, sympy.srepr(self.value), self.codebooks, self.permuted))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def codebook(self, name: str) -> Codebook:
@@ -166,6 +250,3 @@ def symbols(names: str) -> tuple[sympy.Symbol, ...]:
     """Real sympy symbols for plane names, as ``value`` uses them."""
     made = sympy.symbols(names, real=True)
     return made if isinstance(made, tuple) else (made,)
-
-
-Planes = Mapping[str, torch.Tensor]

@@ -45,6 +45,15 @@ QC_INLINE vi lookup_pair(const uint16_t* table, vi word, int j) {
 }
 #endif
 
+#if QC_BF16
+// The same for a table of 64 entries and bytes of six bits.
+QC_INLINE vi lookup_pair_64(const uint16_t* table, vi word, int j) {
+  const __m512i low = _mm512_broadcast_i32x4(_mm_set_epi32(0x0d0d0c0c, 0x09090808, 0x05050404, 0x01010000));
+  const __m512i at = _mm512_shuffle_epi8((__m512i)word.p[0], _mm512_add_epi8(low, _mm512_set1_epi8((char)j)));
+  return {{(vi::Part)_mm512_permutex2var_epi16(_mm512_loadu_si512(table), at, _mm512_loadu_si512(table + 32))}};
+}
+#endif
+
 // Bytes of each lane → table bytes; every byte of index is below 16.
 QC_TABLE vi lookup_bytes(const uint8_t* table, vi index) {
 #if defined(QC_AVX512)
@@ -141,6 +150,37 @@ QC_INLINE vf half_lanes(vi a) {
   const vf value = select(greater(rest, splat(0x0f7fffff)), infinite, finite);
   return bits_as<float>(bits_as<int32_t>(value) | sign);
 #endif
+}
+
+// Scales: one for each lane, or one for all of them.
+template <class S>
+QC_INLINE vf load_lanes(const S* from) { return load_float(from); }
+QC_INLINE vi load_lanes(const uint8_t* from) {
+#if defined(QC_AVX512)
+  return {{(vi::Part)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from))}};
+#else
+  vi r;
+  QC_UNROLL for (int i = 0; i < PARTS; ++i)
+    QC_UNROLL for (int l = 0; l < QC_BYTES / 4; ++l) r.p[i][l] = from[i * (QC_BYTES / 4) + l];
+  return r;
+#endif
+}
+QC_INLINE vi load_lanes(const int8_t* from) { return (load_lanes((const uint8_t*)from) << 24) >> 24; }
+QC_INLINE vf load_one(const float* from) { return splat(*from); }
+QC_INLINE vf load_one(const Half* from) { return splat(half_to_float(from->bits)); }
+QC_INLINE vf load_one(const Bfloat* from) { return bits_as<float>(splat((int32_t)((uint32_t)from->bits << 16))); }
+QC_INLINE vi load_one(const uint8_t* from) { return splat((int32_t)*from); }
+QC_INLINE vi load_one(const int8_t* from) { return splat((int32_t)*from); }
+
+// 2^(code - 127): the bits of a float without its mantissa. Code 0 is a subnormal, code 255 stands for NaN.
+QC_INLINE vf e8m0(vi code) {
+  const vf value = select(equals(code, 0), bits_as<float>(splat(0x00400000)), bits_as<float>(code << 23));
+  return select(equals(code, 255), splat(NAN), value);
+}
+
+// The half with the sign, exponent and mantissa fields of an 8-bit float of `mantissa` bits.
+QC_INLINE vf half_of(vi code, int mantissa) {
+  return half_lanes(((code & 0x80) << 8) | ((code & 0x7f) << (10 - mantissa)));
 }
 
 QC_INLINE vi round_to_bf16(vf a) {  // bits in the high half of each lane, to nearest even; NaN stays NaN

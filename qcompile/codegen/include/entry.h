@@ -130,7 +130,30 @@ static int linear(const Job& job, const Input& in, const typename F::Planes& pla
   }
 }
 
-// The weight itself, row-major: the format's own expression, evaluated in float32 and rounded once.
+// Sixteen weights of the sixteen rows of a tile, [k][row]: coeff * gen + offset as written, in float32.
+template <class F>
+QC_INLINE void decode_block(const typename F::Planes& a, int64_t at, float (&block)[LANES][LANES]) {
+  for (int64_t i = 0; i < LANES; i += F::BLOCK) {
+    const typename F::Words w = F::words(a, at + i);
+    const vf coeff = F::exact_coeff(a, at + i), offset = F::OFFSET ? F::offset(a, at + i) : splat(0.0f);
+    QC_UNROLL for (int j = 0; j < F::BLOCK; ++j)
+      if (i + j < LANES) {
+        const vf value = coeff * F::exact_gen(w, j);
+        store(block[i + j], F::OFFSET ? value + offset : value);
+      }
+  }
+}
+
+// Weights at … at + 16 of one lane of a block to out.
+QC_INLINE void store_line(void* out, int dtype, int64_t to, const float (&block)[LANES][LANES], int64_t lane, int64_t count) {
+  float line[LANES];
+  for (int i = 0; i < LANES; ++i) line[i] = block[i][lane];
+  if (dtype == FLOAT32) store_some((float*)out + to, load(line), count);
+  else if (dtype == FLOAT16) store_some((Half*)out + to, load(line), count);
+  else store_some((Bfloat*)out + to, load(line), count);
+}
+
+// The weight itself, row-major, rounded once.
 template <class F>
 static void decode(void* out, int dtype, int64_t n, int64_t k, int64_t padded, int threads, const typename F::Planes& planes) {
   const int64_t tiles = (n + LANES - 1) / LANES;
@@ -139,20 +162,24 @@ static void decode(void* out, int dtype, int64_t n, int64_t k, int64_t padded, i
     const typename F::Planes a = F::tile(planes, t, padded);
     const int64_t rows = n - t * LANES < LANES ? n - t * LANES : LANES;
     for (int64_t at = 0; at < k; at += LANES) {
-      float block[LANES][LANES];  // [k][row]
-      for (int64_t i = 0; i < LANES; i += F::BLOCK) {
-        const typename F::Words w = F::words(a, at + i);
-        QC_UNROLL for (int j = 0; j < F::BLOCK; ++j)
-          if (i + j < LANES) store(block[i + j], F::value(a, w, at + i, j));
-      }
-      for (int64_t row = 0; row < rows; ++row) {
-        float line[LANES];
-        for (int i = 0; i < LANES; ++i) line[i] = block[i][row];
-        const int64_t to = (t * LANES + row) * k + at;
-        if (dtype == FLOAT32) store_some((float*)out + to, load(line), k - at);
-        else if (dtype == FLOAT16) store_some((Half*)out + to, load(line), k - at);
-        else store_some((Bfloat*)out + to, load(line), k - at);
-      }
+      float block[LANES][LANES];
+      decode_block<F>(a, at, block);
+      for (int64_t row = 0; row < rows; ++row) store_line(out, dtype, (t * LANES + row) * k + at, block, row, k - at);
+    }
+  }
+}
+
+// Rows of the weight by number.
+template <class F>
+static void gather_rows(void* out, int dtype, const int64_t* rows, int64_t count, int64_t k, int64_t padded, int threads,
+                        const typename F::Planes& planes) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < count; ++i) {
+    const typename F::Planes a = F::tile(planes, rows[i] / LANES, padded);
+    for (int64_t at = 0; at < k; at += LANES) {
+      float block[LANES][LANES];
+      decode_block<F>(a, at, block);
+      store_line(out, dtype, i * k + at, block, rows[i] % LANES, k - at);
     }
   }
 }

@@ -1,0 +1,1 @@
+"""Planes from the weights of quantized checkpoints, and back."""

@@ -1,0 +1,82 @@
+"""Skeletons that write weights: a whole matrix, or the rows that indices name. They serve every period."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..formats.spec import ROW
+from . import triton_text as text
+from .triton_print import Printer
+from .triton_words import joined
+
+
+def decode(printer: Printer, name: str) -> str:
+    """out[N, K] = the weight in ``out``'s dtype, computed in float32 and rounded once."""
+    arguments = (f"{text.plane_arguments(printer)}, out_ptr, N, K, KP, tiles, "
+                 + text.constexprs("BT", "BK", "EVEN", "DEC"))  # fmt: skip
+    body = [
+        *text.tile_at("step"), *_weights(printer),
+        "row = tl.arange(0, BT * 16)",
+        "inside = (first_tile * 16 + row < N)[:, None] & (k < K)[None, :]",
+        "out = out_ptr + first_tile * 16 * K + row[:, None] * K + k[None, :]",
+        "tl.store(out, g.to(out_ptr.dtype.element_ty), mask=inside)",
+    ]  # fmt: skip
+    return text.kernel(name, arguments, body)
+
+
+def rows(printer: Printer, name: str) -> str:
+    """out[i, K] = row ``indices[i]`` of the weight, as :func:`decode` gives it; a program does BK weights of one row."""
+    arguments = (f"indices_ptr, {text.plane_arguments(printer)}, out_ptr, K, KP, "
+                 + text.constexprs("BK", "EVEN", "DEC"))  # fmt: skip
+    body = [
+        "BT: tl.constexpr = 1",
+        "L: tl.constexpr = 1",
+        "place = tl.program_id(0).to(tl.int64)",
+        "step = tl.program_id(1)",
+        "index = tl.load(indices_ptr + place).to(tl.int64)",
+        "first_tile = index // 16",
+        "lane = (index % 16).to(tl.int32)",
+        "local_tile = tl.arange(0, BT)",
+        *_weights(printer, one_row=True),
+        "out = out_ptr + place * K + k[None, :]",
+        "tl.store(out, g.to(out_ptr.dtype.element_ty), mask=(k < K)[None, :])",
+    ]
+    return text.kernel(name, arguments, body)
+
+
+def _weights(printer: Printer, one_row: bool = False) -> Iterator[str]:
+    """``g`` [BT·L, BK]: the weights at ``k`` [BK] of step ``step``."""
+    lines, names = printer.elements()
+    yield from text.granules(printer)
+    yield from printer.units()
+    yield from text.word_pointers(printer, one_row)
+    yield from text.tile_scale_pointers(printer, one_row)
+    yield from text.word_loads(printer, "step * BG")
+    yield from text.tile_scale_loads(printer, "step")
+    yield from text.tile_scale_views(printer, "step")
+    yield from lines
+    yield f"g = tl.permute({joined([e for row in names for e in row])}, {text.natural(printer)})"
+    yield f"g = tl.reshape(g, [BT, BG, L, {printer.group}]).to(tl.float32) * UNIT"
+    yield from _scaled(printer)
+    yield "g = tl.reshape(tl.permute(g, 0, 2, 1, 3), [BT * L, BK])"
+    yield "k = step * BK + tl.arange(0, BK)"
+
+
+def _scaled(printer: Printer) -> Iterator[str]:
+    """``g`` times coeff plus offset; factors are [BT, BP, 1, L], with several granules in a group or several groups in one."""
+    form, group = printer.form, printer.group
+    cut = printer.granule if 0 < printer.granule < group else ROW
+    shape = f"[BT, BG, L, {group // cut}, {cut}]" if cut else f"[BT, BP, BG // BP, L, {group}]"
+    yield f"g = tl.reshape(g, {shape})"
+    for expr, sign in ((form.coeff, "*"), (form.offset, "+")):
+        if not expr.free_symbols:
+            if expr != (1 if sign == "*" else 0):
+                yield f"g = g {sign} {text.factor(printer, expr)}"
+            continue
+        yield f"f = {text.factor(printer, expr)}"
+        if cut and any(p.name in {s.name for s in expr.free_symbols} for p in text.group_planes(printer)):
+            yield f"f = tl.permute(tl.reshape(f, [BT, BG, {group // cut}, L]), 0, 1, 3, 2)"
+        elif cut:
+            yield "f = tl.permute(f, 0, 1, 3, 2)"
+        yield f"g = g {sign} tl.expand_dims(f, 4)"
+    yield f"g = tl.reshape(g, [BT, BG, L, {group}])"

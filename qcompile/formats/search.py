@@ -1,0 +1,338 @@
+"""Scales and offsets: the search for what rounds a weight best, and how it is stored in a format's planes.
+
+Everything follows from the declaration. A group's ideal scale and offset are found first, by weighted least squares over
+the codes that several shrunk ranges give; then they are factored into the planes, coarsest first (d of a superblock is the
+largest scale in it over the largest value of its sub-scale), each rounded as it is stored. The scheme of candidates
+refined by least squares is that of llama.cpp's ``make_qkx2_quants``; the formulas are in :func:`_least_squares`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .algebra import Level, Product, affine, finite_range, gen_table, levels_of, zero_points
+from .codes import nearest_entry, nearest_gen
+from .spec import ALL, ROW, FormatSpec, Plane
+
+STEPS = (1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0)
+"""Steps of the code by which a group's range is made longer or shorter for a try: clipping a few outliers narrows all
+other steps, and least squares then find another local minimum."""
+
+SEARCHED_BITS = 6
+"""Codes of at most this many bits get scales by search; with 8 bits, min–max loses nothing worth the time …"""
+
+COARSE = 1.25
+"""… unless scales are further apart than this: rounded down (powers of two, by up to a third), one cuts off outliers."""
+
+Entries = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``entries`` of the scale planes (``[rows, entries]``, by name) of a weight, and the ``scale`` and ``offset`` of each
+    group that they stand for: float32 ``[n, groups]`` (offset None: 0)."""
+
+    entries: Entries
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+
+
+def fit(
+    spec: FormatSpec,
+    weight: torch.Tensor,
+    importance: torch.Tensor | None = None,
+    fixed: Mapping[str, torch.Tensor] | None = None,
+    shrinks: tuple[float, ...] | None = None,
+) -> Fit:
+    """Scales and offsets of float32 ``[n, K']`` (K' a multiple of ``spec.k_multiple``).
+
+    They minimize Σ ``importance``·(w − ŵ)² over a group, ``importance`` float32 ``[K']`` or ``[n, K']``, not negative
+    (None: all equal). ``fixed`` holds entries of planes that a whole tensor shares (:func:`whole_tensor`). Raises
+    :class:`~qcompile.errors.FormatError` when coeff or offset is no product over planes.
+    """
+    n, k = weight.shape
+    group = spec.period or k
+    x = _by_group(weight, group)
+    w = None if importance is None else _by_group(importance.expand(n, k), group)
+    form = affine(spec)
+    scales = _Storage(spec, form.coeff, dict(fixed or {}), n, k // group)
+    offsets = _Storage(spec, form.offset, scales.entries, n, k // group) if form.offset != 0 else None
+    ideal = _search(spec, x, w, scales, offsets, _shares(spec) if shrinks is None else shrinks)
+    scale = scales.store(ideal[0].view(n, -1))
+    offset = offsets.store(ideal[1].view(n, -1), scale) if offsets is not None else None
+    planes = {p.name for p in spec.scales}
+    entries = scales.entries | (offsets.entries if offsets is not None else {})
+    return Fit({name: e for name, e in entries.items() if name in planes}, scale, offset)
+
+
+def _shares(spec: FormatSpec) -> tuple[float, ...]:
+    """Shares of a group's range that are tried."""
+    if spec.shrinks is not None:
+        return spec.shrinks
+    bits, step = spec.code.bits, _coarseness(spec)
+    shares = tuple(s for d in STEPS if (s := 1 + d / (2**bits - 1)) > 0.1) if bits <= SEARCHED_BITS else ()
+    return (*(shares or (1.0,)), step**0.5, step**-0.5) if step > COARSE else shares
+
+
+def _coarseness(spec: FormatSpec) -> float:
+    """Ratio of neighbours among the values that a group's own scale can have (the median of all); 1 for floats."""
+    levels = levels_of(spec, affine(spec).coeff).levels
+    if not levels or (table := levels[-1].table) is None:
+        return 1.0
+    values = table[torch.isfinite(table) & (table > 0)].unique()
+    return float((values[1:] / values[:-1]).median()) if len(values) > 1 else 1.0
+
+
+def whole_tensor(spec: FormatSpec, low: float, high: float) -> Entries:
+    """Entries of the planes that a whole tensor shares, for weights from ``low`` to ``high``: the smallest values that
+    let every group's scale be stored."""
+    form, found = affine(spec), {}
+    product = levels_of(spec, form.coeff)
+    for at, level in enumerate(product.levels):
+        if level.plane.rows == ALL and level.plane.per == ROW and level.table is None:
+            table_low, table_high = finite_range(gen_table(spec))
+            reach = max(high / table_high, low / table_low if table_low < 0 else 0.0) / abs(product.number)
+            value = torch.tensor([[reach / _largest(product.levels[at + 1 :])]], dtype=torch.float64)
+            found[level.plane.name] = torch.where(value > 0, value, 1.0).to(level.plane.entry_dtype)
+    return found
+
+
+def _by_group(matrix: torch.Tensor, group: int) -> torch.Tensor:
+    """``[n, K]`` → contiguous ``[group, n·K/group]``: sums over a group then run along whole vectors."""
+    n, k = matrix.shape
+    return matrix.reshape(n * (k // group), group).t().contiguous()
+
+
+# The search ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sums:
+    """Σ w·x², Σ w·x and Σ w of every group: ``[groups]``."""
+
+    square: torch.Tensor
+    first: torch.Tensor
+    total: torch.Tensor | float
+
+    @staticmethod
+    def of(x: torch.Tensor, w: torch.Tensor | None) -> _Sums:
+        if w is None:
+            return _Sums((x * x).sum(0), x.sum(0), float(len(x)))
+        return _Sums((w * x).mul_(x).sum(0), (w * x).sum(0), w.sum(0).clamp_min(1e-30))
+
+
+def _search(
+    spec: FormatSpec, x: torch.Tensor, w: torch.Tensor | None, scales: _Storage, offsets: _Storage | None,
+    shrinks: tuple[float, ...],
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Best scale and offset of each group of ``x`` ``[group, groups]``: min–max, or what least squares make of a candidate."""
+    sign = offsets.sign if offsets is not None else 0
+    low, high = finite_range(gen_table(spec))
+    xmin, xmax = x.amin(0), x.amax(0)
+    starts = _min_max(xmin, xmax, low, high, sign, offsets is not None)
+    if offsets is not None and offsets.steps is not None:
+        starts = _whole_steps(xmin, xmax, low, high, offsets)
+    if offsets is None and scales.either_sign and low != -high:
+        starts = _signed(xmin, xmax, low if -low > high else high)
+    best = _rounded(scales, offsets, *starts)
+    if not shrinks:
+        return best
+    sums = _Sums.of(x, w)
+    _, least = _least_squares(x, w, sums, _gen(spec, x, *best), offsets is not None, sign, scales, offsets, best)
+    # The least weight keeps its code; the other end moves.
+    hold = low if offsets is not None else 0.0
+    candidates = [(starts[0] * f, starts[1] + starts[0] * ((1 - f) * hold)) for f in shrinks]
+    for turn in range(len(candidates) + 2):
+        # In the end again from the best; a candidate is rounded first, so that its codes are those of what is stored.
+        at = best if turn >= len(candidates) else _rounded(scales, offsets, *candidates[turn])
+        found, error = _least_squares(x, w, sums, _gen(spec, x, *at), offsets is not None, sign, scales, offsets, None)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, found[0], best[0]), torch.where(better, found[1], best[1])
+    return best
+
+
+def _min_max(
+    xmin: torch.Tensor, xmax: torch.Tensor, low: float, high: float, sign: int, offset: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset that map the range of a group onto that of the codes; without an offset, the smallest scale that
+    reaches both ends. A ``sign`` says that offsets cannot have the other one."""
+    if not offset:
+        reach = torch.maximum(xmax / high, xmin / low) if low < 0 else xmax / high
+        return reach.clamp_min(0), torch.zeros_like(reach)
+    xmin, xmax = (xmin.clamp_max(0), xmax) if sign < 0 else (xmin, xmax.clamp_min(0)) if sign > 0 else (xmin, xmax)
+    scale = (xmax - xmin) / (high - low)
+    return scale, (xmax + xmin) / 2 - scale * ((low + high) / 2)
+
+
+def _whole_steps(
+    xmin: torch.Tensor, xmax: torch.Tensor, low: float, high: float, offsets: _Storage
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest scale, and an offset of a zero point times that scale, with which the codes reach both ends of a group."""
+    scale, offset = _min_max(xmin, xmax, low, high, 0, True)
+    step = offsets.step(offset / scale)
+    above, below = high + step, low + step
+    reach = torch.where(above > 0, xmax / above, 0.0).maximum(torch.where(below < 0, xmin / below, 0.0)).clamp_min(0)
+    return reach, reach * step
+
+
+def _signed(xmin: torch.Tensor, xmax: torch.Tensor, extreme: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale of either sign that maps the weight of largest magnitude onto the code of largest magnitude."""
+    scale = torch.where(-xmin > xmax, xmin, xmax) / extreme
+    return scale, torch.zeros_like(scale)
+
+
+def _gen(spec: FormatSpec, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    inverse = torch.where(scale != 0, 1 / scale, 0.0)
+    wanted = torch.addcmul(-offset * inverse, x, inverse) if isinstance(offset, torch.Tensor) else x * inverse
+    return nearest_gen(spec, wanted)
+
+
+def _rounded(
+    scales: _Storage, offsets: _Storage | None, scale: torch.Tensor, offset: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset as they would be read back, where one plane stores them alone."""
+    scale = scales.rounded(scale)
+    if offsets is not None and offsets.steps is not None:
+        return scale, torch.where(scale != 0, scale * offsets.step(offset / scale), 0.0)
+    return scale, offset if offsets is None else offsets.rounded(offset)
+
+
+def _least_squares(
+    x: torch.Tensor, w: torch.Tensor | None, sums: _Sums, gen: torch.Tensor, offset: bool, sign: int, scales: _Storage,
+    offsets: _Storage | None, given: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:  # fmt: skip
+    """Scale s and offset o (or the ``given`` ones) that minimize e = Σ w·(x − s·gen − o)² for codes ``gen``, and e.
+
+    With A = Σ w·gen², B = Σ w·gen·x, C = Σ w·gen, X = Σ w·x, W = Σ w: s = (B·W − C·X)/(A·W − C²), o = (X − s·C)/W, and
+    without an offset s = B/A; e = Σ w·x² − 2sB − 2oX + s²A + 2soC + o²W. An offset o = s·t with a zero point t is rounded
+    to one, and s = (B + tX)/(A + 2tC + t²W).
+    """
+    weighted = gen if w is None else gen * w
+    b = (weighted * x).sum(0)
+    c = weighted.sum(0) if offset else torch.zeros_like(b)
+    a = weighted.mul_(gen).sum(0) if w is not None else (gen * gen).sum(0)
+    if given is not None:
+        s, o = given
+    else:
+        s, o = _ratio(b, a), torch.zeros_like(b)
+        if offset:
+            free = _ratio(b * sums.total - c * sums.first, a * sums.total - c * c)
+            o = (sums.first - free * c) / sums.total
+            legal = (o * sign >= 0) if sign else torch.ones_like(o, dtype=torch.bool)
+            s, o = torch.where(legal, free, s), torch.where(legal, o, 0.0)
+        if offsets is not None and offsets.steps is not None:
+            t = offsets.step(o / s)
+            s = _ratio(b + t * sums.first, a + t * (2 * c + t * sums.total))
+            o = s * t
+        s, o = _rounded(scales, offsets, s, o)
+    error = sums.square - 2 * s * b + s * s * a
+    if offset:
+        error += o * (2 * (s * c - sums.first) + o * sums.total)
+    usable = torch.isfinite(s) & ((s > 0) | (scales.either_sign and not offset))
+    return (s, o), torch.where(usable, error, torch.inf)
+
+
+def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.where(b > 1e-30, a / b, torch.nan)
+
+
+# Storing -------------------------------------------------------------------------------------------------------------
+
+
+class _Storage:
+    """Stores coeff or offset of every group in the planes of its product; ``entries`` collects them."""
+
+    def __init__(self, spec: FormatSpec, expr: object, entries: Entries, n: int, groups: int) -> None:
+        self.spec, self.n, self.groups, self.entries = spec, n, groups, entries
+        self.product: Product = levels_of(spec, expr)
+        self.open = [level for level in self.product.levels if level.plane.name not in entries]
+        tables = [level.table for level in self.product.levels if level.table is not None]
+        positive = all(finite_range(t)[0] >= 0 for t in tables)
+        self.either_sign = any(
+            self._block(level.plane) == (1, 1) and (level.table is None or min(finite_range(level.table)) < 0)
+            for level in self.open
+        )
+        """Whether each group has a sign of its own."""
+        self.sign = (1 if self.product.number > 0 else -1) if tables and positive else 0
+        """The sign that stored values have, if integer planes that are never negative decide it; else 0."""
+        self.steps = zero_points(spec) if expr == affine(spec).offset else None
+        """Values that offset / scale can have (:func:`~qcompile.formats.algebra.zero_points`)."""
+
+    def step(self, ratio: torch.Tensor) -> torch.Tensor:
+        """The one of ``steps`` that is nearest to ``ratio`` = offset / scale."""
+        assert self.steps is not None
+        return self.steps.to(torch.float32).to(ratio.device)[nearest_entry(self.steps, ratio).int()]
+
+    def rounded(self, value: torch.Tensor) -> torch.Tensor:
+        """``value`` ``[n·groups]`` as it would be read back, if exactly one plane is still open and each group has an entry."""
+        if len(self.open) != 1 or self._block(self.open[0].plane) != (1, 1) or any(
+            level.plane.name in self.entries and level.plane.rows != ALL for level in self.product.levels
+        ):
+            return value
+        known = self.product.number
+        for level in self.product.levels:
+            if level.plane.name in self.entries:
+                known = known * float(self._value(level, self.entries[level.plane.name]))
+        return self._value(self.open[0], self._entry(self.open[0], value / known)) * known
+
+    def store(self, ideal: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Factors ``ideal`` ``[n, groups]`` into entries, coarsest plane first; returns what they stand for."""
+        rest, actual = ideal / self.product.number, torch.full_like(ideal, self.product.number)
+        for at, level in enumerate(self.product.levels):
+            name, finer = level.plane.name, self.product.levels[at + 1 :]
+            if name not in self.entries:
+                reduced = _extreme(rest, *self._block(level.plane))
+                if finer:
+                    reduced = reduced / _largest(finer)
+                self.entries[name] = self._entry(level, reduced)
+            value = self._spread(self._value(level, self.entries[name]), level.plane)
+            rest = torch.where(value != 0, rest / value, 0.0)
+            actual = actual * value
+        return actual
+
+    def _block(self, plane: Plane) -> tuple[int, int]:
+        """(rows, groups) that share an entry of ``plane``."""
+        return plane.rows or self.n, plane.per // self.spec.period if plane.per else self.groups
+
+    def _entry(self, level: Level, wanted: torch.Tensor) -> torch.Tensor:
+        if level.table is None:
+            dtype = level.plane.entry_dtype
+            return wanted.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+        return nearest_entry(level.table, wanted).view(level.plane.entry_dtype)
+
+    def _value(self, level: Level, entry: torch.Tensor) -> torch.Tensor:
+        if level.table is None:
+            return entry.to(torch.float32)
+        return level.table.to(torch.float32).to(entry.device)[entry.view(torch.uint8).int()]
+
+    def _spread(self, value: torch.Tensor, plane: Plane) -> torch.Tensor:
+        """``[rows, entries]`` → ``[n, groups]``."""
+        rows, groups = self._block(plane)
+        return value.repeat_interleave(rows, 0)[: self.n].repeat_interleave(groups, 1)
+
+
+def _largest(levels: tuple[Level, ...]) -> float:
+    """The value of largest magnitude, with its sign, of a product of integer planes; 1 for float planes."""
+    result = 1.0
+    for level in levels:
+        if level.table is not None:
+            low, high = finite_range(level.table)
+            result *= low if -low > high else high
+    return result
+
+
+def _extreme(values: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """Of every block of ``rows`` × ``groups`` of ``[n, groups]`` the value of largest magnitude: ``[⌈n/rows⌉, blocks]``."""
+    n, count = values.shape
+    if rows == groups == 1:
+        return values
+    blocks = -(-n // rows)
+    padded = torch.cat([values, values[-1:].expand(blocks * rows - n, count)]) if blocks * rows != n else values
+    split = padded.view(blocks, rows, count // groups, groups).transpose(1, 2).flatten(2)
+    low, high = split.amin(-1), split.amax(-1)
+    return torch.where(-low > high, low, high)
+
