@@ -82,8 +82,7 @@ def packed_model() -> nn.Module:
     scheme = Scheme(get("int4_g128"))
     for linear in (model[1], model[3]):
         n, k = linear.weight.shape
-        planes = [torch.empty(scheme.format.plane_shape(p, n, k), dtype=p.storage_dtype, device="cuda")
-                  for p in scheme.format.planes]  # fmt: skip
+        planes = [torch.empty(scheme.format.part_shape(p, n, k), dtype=p.dtype, device="cuda") for p in scheme.format.parts]
         linear.weight = as_parameter(tensor_class(scheme)(planes, (n, k), torch.bfloat16))
     return model.eval().requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""Generated Triton kernels on a machine without a GPU: interpreted against the reference, and compiled for four targets."""
+"""Generated Triton kernels on a machine without a GPU: interpreted against the reference, and compiled for five targets."""
 
 import importlib.util
 import json
@@ -13,52 +13,57 @@ import torch
 import triton_cases as cases
 
 from qcompile.codegen import tiles
-from qcompile.codegen.triton import triton_kernels
+from qcompile.codegen.triton import TritonKernels, triton_kernels
 from qcompile.errors import FormatError, KernelBuildError
-from qcompile.formats import REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, affine, get, reference, symbols
+from qcompile.formats import REGISTRY, Codebook, FormatSpec, Plane, Scheme, get, reference, symbols
 from qcompile.target import Target
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
+AMD = 94
 MATRIX_UNITS = {80: {"HMMA", "IMMA"}, 89: {"HMMA", "IMMA", "QMMA"}, 90: {"HGMMA", "IGMMA", "QGMMA"},
                 100: {"UTCHMMA", "UTCIMMA", "UTCQMMA"}}  # fmt: skip
+PROGRAMS = {"interpreter": ("triton_interpreter.py",), "compile 0": ("triton_compile.py", "--part", "0/2"),
+            "compile 1": ("triton_compile.py", "--part", "1/2")}  # fmt: skip
 
 Report = list[dict]
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Report]]:
-    """What the interpreter program and the compiler program report; both run at once, with empty caches."""
+    """What the interpreter program and the compiler program (in two halves) report; all run at once, with empty caches."""
     started = {}
-    for name in ("interpreter", "compile"):
-        folder = tmp_path_factory.mktemp(name)
-        program = Path(__file__).with_name(f"triton_{name}.py")
+    for name, (program, *arguments) in PROGRAMS.items():
+        folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(program)), *arguments]
         env = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "QCOMPILE_CACHE_DIR": str(folder / "sources")}
         env.pop("TRITON_INTERPRET", None)
         out, err = (folder / "out").open("w+"), (folder / "err").open("w+")
-        started[name] = subprocess.Popen([sys.executable, program], stdout=out, stderr=err, env=env), out, err
-    reports = {}
+        started[name] = subprocess.Popen(command, stdout=out, stderr=err, env=env), out, err
+    reports: dict[str, Report] = {}
     for name, (process, out, err) in started.items():
-        code = process.wait(timeout=900)
+        code = process.wait(timeout=1500)
         out.seek(0), err.seek(0)
-        assert code == 0, f"triton_{name}.py ended with {code}: {err.read()[-3000:]}"
-        reports[name] = [json.loads(line) for line in out]
+        assert code == 0, f"{name} ended with {code}: {err.read()[-3000:]}"
+        reports.setdefault(name.split()[0], []).extend(json.loads(line) for line in out)
         out.close(), err.close()
+    print("representatives:", ", ".join(s.name for s in cases.representatives()))
     yield reports
 
 
-def compiled(programs: dict[str, Report], *kernels: str) -> Report:
-    found = [r for r in programs["compile"] if r["kernel"] in kernels]
+def compiled(programs: dict[str, Report], *kernels: str, amd: bool = False) -> Report:
+    found = [r for r in programs["compile"] if r["kernel"] in kernels and (amd or r["arch"] != AMD)]
     assert found, f"nothing was compiled of {kernels}"
     return found
 
 
 def shown(reports: Report) -> str:
-    keys = ("kernel", "scheme", "arch", "rows", "registers", "spills", "shared", "loop", "weights", "matrix")
-    return "\n".join(", ".join(f"{k}={r[k]}" for k in keys) for r in reports)
+    keys = ("kernel", "scheme", "arch", "rows", "dtype", "registers", "spills", "shared", "loop", "weights", "matrix")
+    more = ("scalar_multiplies", "pair_multiplies", "permutes", "selects", "products", "accumulators", "offset")
+    return "\n".join(", ".join(f"{k}={r[k]}" for k in (*keys, *more) if k in r) for r in reports)
 
 
-@pytest.mark.parametrize("check", ["correction", "decode", "product", "quantized", "bfloat16", "shape", "old mma"])
+@pytest.mark.parametrize("check", ["correction", "decode", "product", "quantized", "select", "bfloat16", "shape", "old mma"])
 def test_interpreted_kernels_match_the_reference(programs: dict[str, Report], check: str) -> None:
     done = [r for r in programs["interpreter"] if r["check"] == check]
     assert done
@@ -66,27 +71,37 @@ def test_interpreted_kernels_match_the_reference(programs: dict[str, Report], ch
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_the_interpreter_saw_every_format(programs: dict[str, Report]) -> None:
+def test_the_interpreter_saw_every_representative(programs: dict[str, Report]) -> None:
     seen = {(r["check"], r["case"].split(" ")[0]) for r in programs["interpreter"]}
     for scheme in cases.schemes():
         wanted = ("decode", "product") if scheme.activations is None else ("quantized",)
         assert {(check, scheme.label.split(" ")[0]) for check in wanted} <= seen
 
 
-def test_every_format_was_compiled_for_every_target(programs: dict[str, Report]) -> None:
-    for kernels, activated in ((("gemv",), False), (("dot",), False), (("dot8", "dot"), True)):
-        seen = {(r["scheme"], r["arch"]) for r in programs["compile"] if r["kernel"] in kernels}
-        schemes = [s for s in cases.schemes() if s.format.name in REGISTRY and (s.activations is not None) == activated]
-        missing = {(s.label, arch) for s in schemes for arch in MATRIX_UNITS} - seen
-        assert not missing
+def test_every_registered_format_has_a_representative() -> None:
+    """Of formats that differ in their groups only, one stands for all; printing is tried for each."""
+    assert {cases.kind(s) for s in REGISTRY.values() if not s.permuted} == {cases.kind(s) for s in cases.representatives()}
+    for spec in list(REGISTRY.values()):
+        compile(triton_kernels(Scheme(spec)).source, spec.name, "exec")
+
+
+def test_every_way_of_decoding_was_compiled_for_every_target(programs: dict[str, Report]) -> None:
+    for kernels, decoders in ((("gemv",), 3), (("dot",), 3), (("dot8",), 3), (("decode",), 2), (("rows",), 2)):
+        for arch in MATRIX_UNITS:
+            seen = {r["decoder"] for r in compiled(programs, *kernels) if r["arch"] == arch}
+            assert len(seen) >= (decoders if kernels[0] == "dot" else 1), (kernels, arch, seen)
+        assert len({r["decoder"] for r in compiled(programs, *kernels)}) >= decoders
+    tables = {r["scheme"] for r in programs["compile"] if r["arch"] == AMD and r["kernel"] in ("dot", "dot8")}
+    assert {"nf4", "IQ4_NL", "IQ4_NL+int8 act"} <= tables
 
 
 def test_nothing_spills_and_everything_fits(programs: dict[str, Report]) -> None:
-    reports = compiled(programs, "gemv", "dot", "dot8", "decode", "quantize", "reduce")
+    reports = compiled(programs, "gemv", "dot", "dot8", "decode", "rows", "quantize", "reduce", amd=True)
     assert not (bad := [r for r in reports if r["spills"]]), shown(bad)
     assert not (bad := [r for r in reports if r["shared"] > tiles.SHARED_BYTES[r["arch"]]]), shown(bad)
-    assert not (bad := [r for r in reports if r["registers"] * r["threads"] > tiles.REGISTERS_PER_BLOCK]), shown(bad)
     assert not (bad := [r for r in reports if not r["stores"]]), "code that stores nothing: " + shown(bad)
+    reports = compiled(programs, "gemv", "dot", "dot8", "decode", "rows")
+    assert not (bad := [r for r in reports if r["registers"] * r["threads"] > tiles.REGISTERS_PER_BLOCK]), shown(bad)
 
 
 def test_products_use_the_matrix_units_of_their_target(programs: dict[str, Report]) -> None:
@@ -96,31 +111,50 @@ def test_products_use_the_matrix_units_of_their_target(programs: dict[str, Repor
     assert not (bad := [r for r in eight if not any(m in ("IMMA", "QMMA", "IGMMA", "QGMMA", "UTCIMMA", "UTCQMMA")
                                                     for m in r["matrix"])]), shown(bad)  # fmt: skip
     assert all(not r["matrix"] for r in compiled(programs, "gemv"))
+    amd = [r for r in compiled(programs, "dot", "dot8", amd=True) if r["arch"] == AMD]
+    assert not (bad := [r for r in amd if not r["matrix"]]), shown(bad)
 
 
 def test_weights_are_copied_sixteen_bytes_at_a_time(programs: dict[str, Report]) -> None:
-    bad = [r for r in compiled(programs, "gemv", "dot", "dot8", "decode") if not r["wide_copies"]]
-    assert not bad, shown(bad)
+    """Unless the words of one product are fewer than 16 bytes for each thread: then as many as there are."""
+    reports = compiled(programs, "gemv", "dot", "dot8", "decode")
+    assert not (bad := [r for r in reports if r["copied"] < r["copyable"]]), shown(bad)
+    assert sum(r["copied"] == 16 for r in reports) > 0.75 * len(reports)
 
 
 def test_scales_are_multiplied_once_per_period(programs: dict[str, Report]) -> None:
-    """Inside the loop: one float32 multiply for each accumulator and hoisted factor, one 16-bit pair for two weights."""
+    """Inside the loop: one float32 multiply for each accumulator and hoisted factor, one 16-bit pair for two weights.
+
+    LLVM has no packed bfloat16 arithmetic below sm_90; on sm_80 the assembler pairs what it wrote one by one, all of linear
+    codes, but of minifloats only those in the low halves of registers: 3 instructions for 4 weights.
+    """
     for r in compiled(programs, "dot", "dot8"):
         scaled = r["accumulators"] * r["products"] * (1 + r["offset"])
         assert r["scalar_multiplies"] <= scaled + 24 * r["products"], shown([r])
-        assert r["pair_multiplies"] <= r["weights"] * 0.5 + 40, shown([r])
+        unpaired = r["arch"] == 80 and r["decoder"] == "minifloat" and "bfloat16" in r["dtype"]
+        assert r["pair_multiplies"] <= r["weights"] * (0.75 if unpaired else 0.5) + 16, shown([r])
+        assert r["kernel"] == "dot" or r["pair_multiplies"] <= 16, shown([r])
     for r in compiled(programs, "gemv"):
         words = r["weights"] / r["group"]
         assert r["scalar_multiplies"] <= r["weights"] + words * (1 + 2 * r["offset"]) + 24, shown([r])
 
 
+def test_tables_are_looked_up_by_byte_permutes(programs: dict[str, Report]) -> None:
+    """12 permutes look up 8 weights of two bytes and 4 put them into pairs; one select a weight would be 15 of them."""
+    for r in compiled(programs, "dot", "gemv", "dot8"):
+        if r["decoder"] == "table":
+            assert r["permutes"] >= r["weights"], shown([r])
+            assert r["selects"] <= r["weights"] / 4 + 32, shown([r])
+
+
 def test_instructions_for_each_weight(programs: dict[str, Report]) -> None:
-    """A guard against layouts that stop matching: then every weight passes through shared memory, at 3 to 5 more."""
+    """A guard against layouts that stop matching: then every weight passes through shared memory, at 3 to 5 more. Where
+    periods are shorter than four groups of words it does so anyway, and scales come more often."""
     for r in compiled(programs, "gemv"):
-        assert r["loop"] <= 7.5 * r["weights"], shown([r])
+        assert r["loop"] <= 9.0 * r["weights"], shown([r])
     for r in compiled(programs, "dot", "dot8"):
         if r["rows"] == 16 and "float32" not in r["dtype"]:
-            assert 0 < r["loop"] <= 6.0 * r["weights"], shown([r])
+            assert 0 < r["loop"] <= (6.0 if r["direct"] else 11.0) * r["weights"], shown([r])
 
 
 # What needs no Triton at all.
@@ -153,18 +187,38 @@ def test_the_source_depends_on_the_declaration_only_and_names_are_its_own() -> N
         compile(triton_kernels(Scheme(spec)).source, spec.name, "exec")
 
 
+@pytest.mark.parametrize("name,kernels", [
+    ("six_bits", "gemv dot decode dot"), ("four_g48", "gemv dot decode"), ("seven_odd", "gemv dot decode dot8"),
+    ("five_g24", "decode decode decode decode"), ("Q4_K", "dot dot decode dot8"), ("nf4", "dot dot decode"),
+])  # fmt: skip
+def test_periods_decide_which_kernels_run(name: str, kernels: str) -> None:
+    """For 1, 16 and 300 rows, and for 16 rows with int8 activations. All periods decode; 16-bit matrix units sum 16 weights of
+    one scale, 8-bit units 32, and the words of a group of weights need one scale."""
+    spec = next((s for s in cases.PRIVATE if s.name == name), None) or get(name)
+    target = Target("cuda", "90")
+    found = [triton_kernels(Scheme(spec)).variant(rows, torch.bfloat16, target).tile.kernel for rows in (1, 16, 300)]
+    if len(kernels.split()) > 3:
+        found.append(triton_kernels(Scheme(spec, "int8")).variant(16, torch.bfloat16, target).tile.kernel)
+    assert " ".join(found) == kernels
+
+
 def test_what_cannot_be_printed_says_why() -> None:
-    q, scale = symbols("q scale")
-    odd = FormatSpec("odd", (Plane("scale", "f32", 48), Plane("q", "u4")), value=scale * q)
-    with pytest.raises(FormatError, match="odd.*every 48 weights.*power of two"):
+    q, scale, s = symbols("q scale s")
+    odd = FormatSpec("odd", (Plane("scale", "f32", 6), Plane("q", "u4")), value=scale * q)
+    with pytest.raises(FormatError, match="odd.*every 6 weights.*multiple of 4"):
         triton_kernels(Scheme(odd))
     table = Codebook("LONG", tuple(float(i * i) for i in range(256)))
-    long = FormatSpec("long", (Plane("scale", "f32", ROW), Plane("q", "u8")), value=scale * table(q), codebooks=(table,))
-    with pytest.raises(FormatError, match="long.*at most 16 values"):
+    long = FormatSpec("long", (Plane("s", "u8", 32), Plane("q", "u8")), value=table(s) * q, codebooks=(table,))
+    with pytest.raises(FormatError, match="long.*at most 64 values"):
         triton_kernels(Scheme(long))
-    six = next(s for s in cases.PRIVATE if affine(s).integer and s.period == 16)
-    with pytest.raises(FormatError, match="six_bits.*every 16 weights.*activations=None"):
-        triton_kernels(Scheme(six, "int8"))
+
+
+def test_each_gpu_gets_the_text_that_it_can_run() -> None:
+    class Other(TritonKernels):
+        permutes = False
+
+    assert "byte_perm" in triton_kernels(scheme("nf4")).source and "byte_perm" not in triton_kernels(scheme("int4_g128")).source
+    assert "byte_perm" not in Other(scheme("nf4")).source and "libdevice" not in Other(scheme("nf4")).source
 
 
 def test_a_cpu_tensor_is_refused() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 
+import sympy
 import torch
 
 from qcompile.formats import ALL, REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, symbols
+from qcompile.formats.algebra import gen_table
 from qcompile.formats.float import E4M3, E8M0
 from qcompile.formats.scheme import activations_of
 
@@ -29,17 +31,23 @@ q, scale, top, zero, d, sc = symbols("q scale top zero d sc")
 
 
 def random_entries(spec: FormatSpec, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Random plane entries: kernels are compared with the decoded weight, so they need not stand for ``weight``."""
+    """Random plane entries: kernels are compared with the decoded weight, so they need not stand for ``weight``.
+
+    Codes stand for values; scales that are codes of floats stay near 1.
+    """
     n, k = weight.shape
-    entries = {}
+    entries, where = {}, weight.device
+    finite = torch.isfinite(gen_table(spec)).nonzero().flatten().to(torch.uint8).to(where)
+    called = {f.args[0].name for f in spec.value.atoms(sympy.Function)}
     for p in spec.planes:
-        shape = spec.entry_shape(p, n, k)
+        shape = (n, k) if p.is_code else spec.entry_shape(p, n, k)
         if p.is_code:
-            shape = (n, k)
-        if p.is_integer:
-            entries[p.name] = torch.randint(0, 2**p.bits, shape, dtype=torch.uint8).view(p.entry_dtype)
+            entries[p.name] = finite[torch.randint(0, len(finite), shape, device=where)].view(p.entry_dtype)
+        elif p.is_integer:
+            low, high = (118, 128) if p.name in called else (0, 2**p.bits)
+            entries[p.name] = torch.randint(low, high, shape, dtype=torch.uint8, device=where).view(p.entry_dtype)
         else:
-            entries[p.name] = (torch.rand(shape) + 0.5).to(p.entry_dtype)
+            entries[p.name] = (torch.rand(shape, device=where) + 0.5).to(p.entry_dtype)
     return entries
 
 
@@ -58,7 +66,8 @@ PRIVATE = (
     private("four_g48", (Plane("scale", "f16", 48), Plane("zero", "bf16", 96), Plane("q", "u4")), scale * q + zero),
     private("one_bit", (Plane("scale", "f16", 32, 16), Plane("q", "u1")), scale * (2 * q - 1)),
     private("cubes", (Plane("scale", "f16", 128), Plane("q", "u5")), scale * CUBES(q), (CUBES,)),
-    private("steps", (Plane("top", "f32", ROW, ALL), Plane("sc", "u3", 16), Plane("q", "u2")), top * (sc + 1) * STEPS(q), (STEPS,)),
+    private("steps", (Plane("top", "f32", ROW, ALL), Plane("sc", "u3", 16), Plane("q", "u2")), top * (sc + 1) * STEPS(q),
+            (STEPS,)),
     private("fp6", (Plane("sc", "u8", 32), Plane("q", "u6")), E8M0(sc) * E2M3(q), (E8M0, E2M3)),
     private("blocks", (Plane("sc", "u8", 64, 32), Plane("q", "u8")), E8M0(sc) * E4M3(q), (E8M0, E4M3)),
     private("row_byte", (Plane("d", "f32", ROW, ALL), Plane("sc", "u8", ROW), Plane("q", "u3")), d * sc * (q - 4)),

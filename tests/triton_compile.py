@@ -26,11 +26,14 @@ from triton.runtime.jit import MockTensor
 
 from qcompile.codegen import tiles
 from qcompile.codegen.triton import TritonKernels, Variant
-from qcompile.codegen.triton_act import blocks
+from qcompile.codegen.triton_act import blocks, form8
+from qcompile.codegen.triton_print import Printer, lane_gen, minifloat_gen
 from qcompile.formats import REGISTRY, Scheme
 from qcompile.target import Target
 
 ARCHES = (80, 89, 90, 100)
+AMD = 94
+"""gfx942: its compute capability as PyTorch gives it."""
 ROWS = (16, 32, 64, 128)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = re.compile(r"(HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)$")
@@ -44,7 +47,7 @@ class NamedTarget:
         self.arch = arch
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("hip", "gfx942", 64) if self.arch == AMD else GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -62,8 +65,8 @@ class Compiled(TritonKernels):
     shared_kernels: set[tuple[str, int, str | None]] = set()
 
     def __init__(self, scheme: Scheme, arch: int) -> None:
+        self.arch, self.permutes = arch, arch != AMD
         super().__init__(scheme)
-        self.arch = arch
         self.built: list[tuple[str, Any, dict[str, Any]]] = []
         triton.runtime.driver.set_active(NamedTarget(arch))
 
@@ -95,6 +98,8 @@ class Compiled(TritonKernels):
         planes = [torch.empty(spec.part_shape(p, n, k), dtype=p.dtype, device="meta") for p in spec.parts]
         x = torch.empty(rows, k, dtype=dtype, device="meta")
         self.linear(x, planes, torch.empty(n, dtype=dtype, device="meta") if bias else None, n, variant=variant)
+        if variant is not None and variant.tile.kernel == "decode":
+            self.rows(planes, torch.empty(7, dtype=torch.int64, device="meta"), n, k, dtype)
 
 
 def disassembled(cubin: bytes) -> tuple[list[str], int]:
@@ -133,48 +138,97 @@ def longest_loop(instructions: list[str]) -> list[str]:
 
 def facts(kernels: Compiled, rows: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     for name, compiled, options in kernels.built:
-        instructions, registers = disassembled(compiled.asm["cubin"])
-        names = [operation(i) for i in instructions if not i.endswith(":")]
-        loop = collections.Counter(operation(i).split(".")[0] for i in longest_loop(instructions))
-        threads = 32 * options["num_warps"]
-        products, size = blocks(kernels.printer)
-        weights = options.get("BT", 0) * 16 * (options.get("BK") or products * size) // threads
-        yield {
-            "kernel": name, "scheme": kernels.scheme.label, "format": kernels.scheme.format.name, "arch": kernels.arch,
-            "rows": rows, "dtype": str(dtype), "threads": threads, "registers": registers,
-            "spills": sum(n.startswith(("LDL", "STL")) for n in names), "shared": compiled.metadata.shared,
-            "matrix": sorted({n.split(".")[0] for n in names if MATRIX.match(n.split(".")[0])}),
-            "stores": sum(n.startswith("STG") for n in names),
-            "wide_copies": sum(n.startswith(("LDGSTS", "LDG")) and ".128" in n for n in names),
-            "weights": weights, "loop": sum(loop.values()),
-            "scalar_multiplies": sum(loop[n] for n in ("FFMA", "FMUL")) + 2 * sum(loop[n] for n in ("FFMA2", "FMUL2")),
-            "pair_multiplies": sum(loop[n] for n in ("HFMA2", "HMUL2")),
-            "accumulators": options.get("BT", 0) * 16 * options.get("BM", 0) // threads, "products": products,
-            "offset": kernels.printer.form.offset != 0, "group": kernels.printer.group,
-        }  # fmt: skip
+        shared = {"kernel": name, "scheme": kernels.scheme.label, "format": kernels.scheme.format.name, "arch": kernels.arch,
+                  "rows": rows, "dtype": str(dtype), "shared": compiled.metadata.shared}  # fmt: skip
+        yield shared | (amd_facts(compiled) if kernels.arch == AMD else code_facts(kernels, name, compiled, options))
 
 
-def plan(schemes: list[Scheme]) -> Iterator[tuple[Scheme, int, int, torch.dtype, str]]:
-    """(scheme, compute capability, rows, dtype, kernel): every scheme on every target with every product, over all of them
-    every tile; decoding on one target for each format."""
+def amd_facts(compiled: Any) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+    spills = sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text))
+    registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
+    stores = len(re.findall(r"(?:buffer|global)_store", text))
+    return {"spills": spills, "registers": registers, "threads": 64 * compiled.metadata.num_warps, "loop": 0, "weights": 0,
+            "matrix": sorted(set(re.findall(r"v_mfma_\w+", text))), "stores": stores}  # fmt: skip
+
+
+def code_facts(kernels: Compiled, name: str, compiled: Any, options: dict[str, Any]) -> dict[str, Any]:
+    instructions, registers = disassembled(compiled.asm["cubin"])
+    names = [operation(i) for i in instructions if not i.endswith(":")]
+    loop = collections.Counter(operation(i).split(".")[0] for i in longest_loop(instructions))
+    whole = collections.Counter(n.split(".")[0] for n in names)
+    threads = 32 * options["num_warps"]
+    products, size = blocks(kernels.printer)
+    # Warps side by side along the rows of x decode the same weights.
+    warps = re.search(r"nvidia_mma<.*warpsPerCTA = \[\d+, (\d+)\]", compiled.asm["ttgir"])
+    twice = int(warps.group(1)) if warps and name == "dot" else 1
+    weights = options.get("BT", 1) * 16 * (options.get("BK") or products * size) // threads * twice
+    return {
+        "threads": threads, "registers": registers, "spills": sum(n.startswith(("LDL", "STL")) for n in names),
+        "matrix": sorted({n for n in whole if MATRIX.match(n)}), "stores": sum(n.startswith("STG") for n in names),
+        "copied": max((width for width, mark in ((16, ".128"), (8, ".64"), (4, "")) for n in names
+                       if n.startswith(("LDGSTS", "LDG")) and mark in n), default=0),
+        "copyable": min(16, 4 * options.get("BT", 1) * 16 * ((options.get("BK") or size) // kernels.printer.group) // threads),
+        "weights": weights, "loop": sum(loop.values()),
+        "scalar_multiplies": sum(loop[n] for n in ("FFMA", "FMUL")) + 2 * sum(loop[n] for n in ("FFMA2", "FMUL2")),
+        "pair_multiplies": sum(loop[n] for n in ("HFMA2", "HMUL2")),
+        "permutes": (loop or whole)["PRMT"], "selects": (loop or whole)["SEL"] + (loop or whole)["FSEL"],
+        "accumulators": options.get("BT", 0) * 16 * options.get("BM", 0) // threads, "products": products,
+        "offset": kernels.printer.form.offset != 0, "group": kernels.printer.group, "direct": kernels.printer.direct,
+        "decoder": decoder(kernels.scheme),
+    }  # fmt: skip
+
+
+def decoder(scheme: Scheme) -> str:
+    """How codes become numbers: linear, minifloat or table."""
+    spec = scheme.format
+    return "linear" if lane_gen(spec) is not None else "minifloat" if minifloat_gen(spec) is not None else "table"
+
+
+def kind(scheme: Scheme) -> tuple[object, ...]:
+    """What schemes share whose kernels are compiled from nearly the same text."""
+    printer, spec = Printer(scheme.format), scheme.format
+    if scheme.activations is not None:
+        book = spec.codebooks[-1].minifloat if scheme.activations == "fp8" else None
+        return scheme.activations, spec.code.dtype, decoder(scheme), form8(printer).offset != 0, blocks(printer)[1], book
+    table = tuple(len(b.values) for b in spec.codebooks)
+    integers = any(p.is_integer for p in spec.scales)
+    return spec.code.dtype, decoder(scheme), table, integers, printer.form.offset != 0, min(printer.granule or 128, 64)
+
+
+def chosen(schemes: list[Scheme]) -> list[Scheme]:
+    """The first scheme of each kind."""
+    return list({kind(s): s for s in reversed(schemes)}.values())[::-1]
+
+
+Task = tuple[Scheme, int, int, torch.dtype, str]
+
+
+def plan(schemes: list[Scheme]) -> Iterator[Task]:
+    """(scheme, compute capability, rows, dtype, kernel). A product of every kind of scheme is compiled for two targets in
+    turn, and each of the other kernels for one; over all of them, every target gets every tile."""
     for i, scheme in enumerate(schemes):
-        for j, arch in enumerate(ARCHES):
-            yield scheme, arch, ROWS[(i + j) % 4], (torch.bfloat16, torch.float16)[(i + j // 2) % 2], "table"
-            if scheme.activations is None:
-                yield scheme, arch, 1, torch.bfloat16, "gemv"
-                if i % 4 == j:
-                    yield scheme, arch, 256, torch.bfloat16, "table"
+        both = (torch.bfloat16, torch.float16)
+        for j in (i, i + 2) if scheme.activations is None else (i,):
+            yield scheme, ARCHES[j % 4], ROWS[(j + i // 4) % 4], both[(i // 2 + j // 4) % 2], "table"
+        if scheme.activations is None and Printer(scheme.format).streams:
+            yield scheme, ARCHES[(i + 1) % 4], 1, torch.bfloat16, "gemv"
+        if i % 3 == 0 and scheme.activations is None:
+            yield scheme, ARCHES[(i // 3) % 4], 256, torch.bfloat16, "decode"
+        if decoder(scheme) == "table" or i % 4 == 0:
+            yield scheme, AMD, 16, torch.float16, "table"
     for arch in ARCHES:
         yield schemes[0], arch, 16, torch.float32, "table"
 
 
-def reports(schemes: list[Scheme]) -> Iterator[dict[str, Any]]:
-    for scheme, arch, rows, dtype, kernel in plan(schemes):
+def reports(tasks: list[Task]) -> Iterator[dict[str, Any]]:
+    for scheme, arch, rows, dtype, kernel in tasks:
         kernels = Compiled(scheme, arch)
-        variant = None
+        printer, variant = kernels.printer, None
         if kernel == "gemv":
-            tile = tiles.gemv_tile(kernels.printer.group, kernels.printer.granule, SIZE[1])
-            variant = Variant(tile, kernels.printer.wide, "float32")
+            variant = Variant(tiles.gemv_tile(printer.group, printer.granule, SIZE[1]), printer.wide, "float32")
+        elif kernel == "decode":
+            variant = Variant(tiles.decode_tile(), printer.wide, "float32")
         kernels.run(rows, dtype, bias=rows == 16, variant=variant)
         yield from facts(kernels, rows, dtype)
 
@@ -184,12 +238,16 @@ HEADINGS = (("kernel", 9), ("scheme", 26), ("arch", 5), ("rows", 5), ("registers
 
 
 def main() -> None:
-    everything = [s for s in cases.schemes() if s.format.name in REGISTRY]
-    wanted = [s for s in everything if re.search(os.environ.get("QCOMPILE_TEST_SCHEMES", "."), s.label)]
+    """``--table`` for people; ``--part 0/2`` for the even half of the tasks."""
+    wanted = [s for s in cases.schemes() if s.format.name in REGISTRY]
+    tasks = list(plan(wanted if "QCOMPILE_TEST_SCHEMES" in os.environ else chosen(wanted)))
+    if "--part" in sys.argv:
+        part, parts = map(int, sys.argv[sys.argv.index("--part") + 1].split("/"))
+        tasks = tasks[part::parts]
     table = "--table" in sys.argv
     if table:
         print("".join(f"{h:>{w}}" for h, w in HEADINGS) + "  instr./weight  matrix instructions")
-    for fact in reports(wanted):
+    for fact in reports(tasks):
         if not table:
             print(json.dumps(fact), flush=True)
             continue

@@ -77,11 +77,13 @@ def correct_permutes() -> None:
     """Gives the interpreter, which has neither library functions nor PTX, the byte permute of kernels that use tables, and
     the literal that the only PTX in them hides."""
 
+    def word(x):  # type: ignore[no-untyped-def]
+        number = isinstance(x, int) or hasattr(x, "value")
+        return np.uint32(int(getattr(x, "value", x)) & 0xFFFFFFFF) if number else x.handle.data.view(np.uint32)
+
     def byte_perm(a, b, selector):  # type: ignore[no-untyped-def]
         tensor = next(x for x in (a, b, selector) if isinstance(x, tl.tensor))
-        words = [x.handle.data.view(np.uint32) if isinstance(x, tl.tensor) else np.uint32(int(getattr(x, "value", x)) & 0xFFFFFFFF)
-                 for x in (a, b, selector)]  # fmt: skip
-        found = prmt(*np.broadcast_arrays(*words))
+        found = prmt(*np.broadcast_arrays(*map(word, (a, b, selector))))
         return tl.tensor(TensorHandle(found.view(np.int32), tl.int32), tensor.type)
 
     def hidden(_asm, _constraints, args, **_):  # type: ignore[no-untyped-def]
@@ -286,8 +288,8 @@ def corrected_bfloat16(_: TritonKernels) -> Iterator[Case]:
 def emulated_permute(_: TritonKernels) -> Iterator[Case]:
     """The emulation itself, on the examples of the PTX manual's table and a few more."""
     a, b = np.uint32(0x83028180), np.uint32(0x07060504)
-    known = {0x3210: 0x83028180, 0x7654: 0x07060504, 0x6543: 0x06050483, 0x0123: 0x80810283, 0xB888: 0xFFFFFFFF, 0xCA10: 0x00008180,
-             0x6240: 0x06020480, 0xFFFF3210: 0x83028180}  # fmt: skip
+    known = {0x3210: 0x83028180, 0x7654: 0x07060504, 0x6543: 0x06050483, 0x0123: 0x80810283, 0xB888: 0xFFFFFFFF,
+             0xCA10: 0x00008180, 0x6240: 0x06020480, 0xFFFF3210: 0x83028180}  # fmt: skip
     for selector, want in known.items():
         got = prmt(*(np.array([v], np.uint32) for v in (a, b, selector)))
         yield hex(selector), float(int(got[0]) != want), 0.5

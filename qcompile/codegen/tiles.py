@@ -14,9 +14,10 @@ from ..formats.spec import ROW
 
 V = TypeVar("V")
 
-SHARED_BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 110: 232_448,
-                120: 101_376, 121: 101_376}  # fmt: skip
-"""Shared memory that one block may use, by compute capability (CUDA C++ programming guide, technical specifications)."""
+SHARED_BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 94: 65_536, 100: 232_448, 103: 232_448,
+                110: 232_448, 120: 101_376, 121: 101_376}  # fmt: skip
+"""Shared memory that one block may use, by compute capability (CUDA C++ programming guide, technical specifications); 94 is
+AMD's gfx942."""
 
 MULTIPROCESSORS = {80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 160, 110: 20, 120: 170, 121: 48}
 """Multiprocessors of the usual device of a compute capability; only decides how far K is split."""
@@ -51,8 +52,9 @@ GEMV_BITS = {80: 4.0, 89: 4.0, 90: 8.0, 100: 8.0}
 """One row goes to the kernel without a matrix product for formats with at least this many bits of codes a weight.
 
 It takes about 4.5 instructions a weight, the matrix product 2.5 to 3.2. An H200 moves a 4-bit weight in 3.4 instruction
-slots (4.3 TB/s, 132 multiprocessors at 1.75 GHz), an A100 in 4.9, and an 8-bit weight in twice that.
-"""
+slots (4.3 TB/s, 132 multiprocessors at 1.75 GHz), an A100 in 4.9, and an 8-bit weight in twice that. Tables in float32 take
+8 instructions there, so they go through the matrix product; short periods, whose weights reach it through shared memory, do
+not."""
 
 ROWS: tuple[tuple[int, Tile], ...] = (
     (16, Tile("", 8, 16, 4, 4)),
@@ -101,9 +103,9 @@ def quads(arch: int, triton: tuple[int, int]) -> bool:
 
 
 def gemv_tile(group: int, granule: int, kp: int) -> Tile:
-    """Four 16-byte words a thread in each step, of one tile of 16 rows; short rows take shorter steps."""
+    """128 weights a thread in each step, 4 rows in groups of ``group``; short rows take shorter steps."""
     warps = 4
-    step = 32 * warps * group
+    step = min(32 * warps * group, 2048)
     while step > max(granule, group * 32) and step >= 2 * kp:
         step //= 2
     return Tile("gemv", 1, 1, warps, 3, step)

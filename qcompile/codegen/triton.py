@@ -15,8 +15,8 @@ from ..formats.scheme import Scheme
 from ..target import Target, of
 from . import tiles
 from .triton_act import quantize
-from .triton_dot import dot, dot8
 from .triton_decode import decode, rows
+from .triton_dot import dot, dot8
 from .triton_gemv import gemv, reduce
 from .triton_launch import Call, decode_weight, gather_rows
 from .triton_load import content_hash, interpreting, load
@@ -94,8 +94,8 @@ class TritonKernels:
         if self.scheme.activations is not None:
             return self._narrow(rows, dtype, target)
         wide, granule = dtype == torch.float32, printer.granule
-        few = rows == 1 and (wide or self.scheme.format.code.bits >= tiles.at_arch(tiles.GEMV_BITS, arch) or not printer.fused)
-        if few and printer.streams:
+        slow = not printer.direct or (printer.exact16 and self.scheme.format.code.bits >= tiles.at_arch(tiles.GEMV_BITS, arch))
+        if rows == 1 and (wide or slow) and printer.streams:
             return Variant(tiles.gemv_tile(printer.group, granule, kp), printer.wide, "float32")
         limit = tiles.DECODE_FROM_FLOAT32 if wide else tiles.at_arch(tiles.DECODE_FROM, arch)
         if rows >= limit or not printer.fused or (wide and not printer.exact16):

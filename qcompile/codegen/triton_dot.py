@@ -10,7 +10,6 @@ pairs of neighbours, and (slot, group, j) for 8-bit operands, whose threads own 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import sympy
 
@@ -37,8 +36,6 @@ def dot8(printer: Printer, name: str) -> str:
 
 
 def _kernel(printer: Printer, name: str, narrow: bool) -> str:
-    # A quarter of a product: then the four threads that share a row of the operand own four groups.
-    printer = replace(printer, most=blocks(printer)[1] // 4)
     arguments = (f"x_ptr, x_scale_ptr, x_sum_ptr, {text.plane_arguments(printer)}, bias_ptr, out_ptr, "
                  "M, N, K, KP, x_stride, tiles, steps, "
                  + text.constexprs("BT", "BM", "STAGES", "EVEN", "PARTIAL", "HAS_BIAS", "HAS_SCALE", "DEC", "DOT",
@@ -147,14 +144,14 @@ def _accumulators(printer: Printer, narrow: bool) -> Iterator[str]:
     integer = narrow and is_integer(printer) and printer.granule == ROW
     yield f"acc = tl.zeros([BN, BM], {'tl.int32' if integer else 'tl.float32'})"
     if not narrow and printer.form.offset != 0:
-        yield f"ones = tl.full([{blocks(printer)[1]}, 8], 1.0, DOT)"
+        yield f"ones = tl.full([{blocks(printer)[1]}, 8], 0.125, DOT)"
         yield "sum_x = tl.zeros([BM, 8], tl.float32)"
 
 
 def _step(printer: Printer, narrow: bool) -> Iterator[str]:
     count, size = blocks(printer)
     for b in range(count):
-        yield from text.word_loads(printer, f"(step * {count} + {b}) * BG", f"_{b}", b * size)
+        yield from text.word_loads(printer, f"(step * {count} + {b}) * BG", f"_{b}")
         base = f"step * BK + {b * size}"
         yield "if EVEN:"
         yield f"    x{b} = tl.load(x_from + ({base}))"
@@ -190,11 +187,11 @@ def _product(printer: Printer, b: int) -> Iterator[str]:
             yield f"acc += {SPREAD} * {_column(printer, form.offset, unit=False)}"
 
 
-SPREAD = "(tl.sum(sum_x, 1) * 0.125)[None, :]"
+SPREAD = "tl.sum(sum_x, 1)[None, :]"
 
 
 def _sums(b: int, row: bool) -> Iterator[str]:
-    """Σ x over a period on the matrix unit: x times eight columns of ones. Order does not matter, so with SUM_LOAD x is
+    """Σ x over a period on the matrix unit: x times eight columns of 1/8. Order does not matter, so with SUM_LOAD x is
     copied once more, in its natural order: Triton 3.6 copies nothing ahead that two products read in different roles."""
     yield "if SUM_LOAD:"
     yield f"    xs = xn{b}.to(DOT)"

@@ -1,7 +1,7 @@
 """Prints how codes become numbers in Triton kernels; the skeletons of the other files are blind to formats.
 
 Weights are decoded from the words of :mod:`qcompile.formats.layout`. A *group* is the 4·S weights of the coarsest word
-(S slots), or fewer where a kernel asks for it, so weight k = 4·S·g + 4·s + j is byte j, slot s of group g. A skeleton loads word tensors
+(S slots), so weight k = 4·S·g + 4·s + j is byte j, slot s of group g. A skeleton loads word tensors
 ``[BT, BG, 16]`` (tiles of 16 rows, groups, lanes) and asks for the element tensors of every (s, j), in ``DEC``:
 
 - integer codes and minifloats: 16-bit *lanes* are cut out of the words with 32-bit shifts, so that two weights share one
@@ -63,13 +63,11 @@ def minifloat_gen(spec: FormatSpec) -> Codebook | None:
 class Printer:
     """Prints one format, for GPUs with byte permutes or without (``permutes``).
 
-    ``slots`` is S; ``words`` lists the word tensors of a group as (part, which word). ``most`` limits a group (0: no limit);
-    a word that is longer than the group is given to every group that has weights in it, shifted to the group's own.
+    ``slots`` is S; ``words`` lists the word tensors of a group as (part, which word).
     """
 
     spec: FormatSpec
     permutes: bool = True
-    most: int = 0
 
     @functools.cached_property
     def form(self) -> Affine:
@@ -77,8 +75,7 @@ class Printer:
 
     @functools.cached_property
     def slots(self) -> int:
-        natural = max(8 // p.bits for p in self.spec.code.parts)
-        return min(natural, self.most // 4) if self.most else natural
+        return max(8 // p.bits for p in self.spec.code.parts)
 
     @functools.cached_property
     def group(self) -> int:
@@ -90,12 +87,8 @@ class Printer:
         return tuple((p, r) for p in self.spec.code.parts for r in range(self.words_of(p)))
 
     def words_of(self, part: Part) -> int:
-        """Words of ``part`` in one group; 1 where groups share it."""
-        return max(self.slots * part.bits // 8, 1)
-
-    def shares(self, part: Part) -> bool:
-        """Whether several groups lie in one word of ``part``."""
-        return part.entries > self.group
+        """Words of ``part`` in one group."""
+        return self.slots * part.bits // 8
 
     @functools.cached_property
     def granule(self) -> int:
@@ -112,7 +105,13 @@ class Printer:
     @functools.cached_property
     def fused(self) -> bool:
         """Whether products of 16 weights have one scale, as 16-bit matrix units need it."""
-        return self.granule == ROW or self.granule >= 16
+        return self.granule == ROW or self.granule >= max(16, self.group)
+
+    @functools.cached_property
+    def direct(self) -> bool:
+        """Whether decoded weights reach matrix units in registers: the four threads that share a row of the left operand then
+        own four groups. Else they pass through shared memory, at about 3 instructions more for each."""
+        return self.granule == ROW or min(self.granule, 128) >= 4 * self.group
 
     @functools.cached_property
     def fused8(self) -> bool:
@@ -140,8 +139,8 @@ class Printer:
     def check(self) -> None:
         """Raises :class:`FormatError` when four neighbours may have different scales: they are decoded together."""
         if self.granule != ROW and self.granule < 4:
-            raise FormatError(f"format {self.spec.name!r}: no Triton kernel for scales that change every {self.spec.period} weights; "
-                              "use multiples of 4")  # fmt: skip
+            raise FormatError(f"format {self.spec.name!r}: scales change every {self.spec.period} weights, but Triton kernels "
+                              "decode four neighbours together; use a multiple of 4")  # fmt: skip
 
     def units(self) -> list[str]:
         """Lines that define constexpr ``UNIT`` (gen = element · UNIT), and ``LIFT`` or the table, from constexpr ``DEC``."""

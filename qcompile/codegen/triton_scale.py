@@ -48,8 +48,8 @@ def expression(spec: FormatSpec, expr: sympy.Expr, names: dict[str, str]) -> str
         return "(" + " * ".join([expression(spec, expr.base, names)] * int(expr.exp)) + ")"
     book = next((b for b in spec.codebooks if b.name == expr.func.__name__), None)
     if book is None or not expr.args[0].is_Symbol or (len(book.values) > LARGEST_SELECT and not is_minifloat(book)):
-        raise FormatError(f"format {spec.name!r}: no Triton kernel for scales by {expr}; they can have sums, products, powers and "
-                          f"codebooks of at most {LARGEST_SELECT} values, or of a minifloat")  # fmt: skip
+        raise FormatError(f"format {spec.name!r}: no Triton kernel for scales by {expr}; they can have sums, products, powers, "
+                          f"minifloats and codebooks of at most {LARGEST_SELECT} values")  # fmt: skip
     plane = next(p for p in spec.planes if p.name == expr.args[0].name)
     code = f"({names[plane.name]} & 255)" if plane.dtype == "i8" else names[plane.name]
     return minifloat(code, book) if is_minifloat(book) else select(code, book.values)

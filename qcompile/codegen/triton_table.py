@@ -96,7 +96,7 @@ def selectors(printer: Printer, tag: str) -> tuple[list[str], Halves]:
     """
     bits = printer.spec.code.bits
     lines, halves = [], []
-    if bits == 4 and printer.slots == 2:
+    if bits == 4:
         word = f"q_{printer.spec.code.name}_0{tag}"
         lines = [f"i0{tag} = {word} & {0x77777777}", f"i1{tag} = i0{tag} >> 16",
                  f"m0{tag} = ({word} >> 1) & {0x44444444} | {0x32103210}", f"m1{tag} = m0{tag} >> 16"]  # fmt: skip
@@ -205,8 +205,7 @@ def bytes4(printer: Printer, integers: Sequence[int], tag: str) -> Iterator[str]
     for i in range(0, len(literals), 2):
         yield held(f"H{i}", literals[i], f"i0{tag}")
         literals[i] = f"H{i}"
-    nibbles = halves[0][1] == (0, 4, 1, 5)
     for h, (names, _) in enumerate(halves):
         yield f"r{h} = {lookup(literals, names)}"
     for s in range(printer.slots):
-        yield f"v{s}{tag} = " + (f"libdevice.byte_perm(r0, r1, {(0x6420, 0x7531)[s]})" if nibbles else f"r{s}")
+        yield f"v{s}{tag} = " + (f"libdevice.byte_perm(r0, r1, {(0x6420, 0x7531)[s]})" if bits == 4 else f"r{s}")

@@ -43,41 +43,30 @@ def tile_at(along: str) -> list[str]:
 def word_pointers(printer: Printer, one_row: bool = False) -> Iterator[str]:
     """Pointers ``w_{part}_{r}`` of ``[BT, BG·L]`` words: one contiguous run of memory for each tile of 16 rows.
 
-    Needs ``first_tile`` (int64), ``local_tile`` [BT], ``KP`` and ``BG``; group g is ``{words}·16`` words further on. A word
-    that several groups share is read for each: neighbouring threads read it, so memory gives it once. With ``one_row`` L is
-    1 and ``lane`` names the row of the tile.
+    Needs ``first_tile`` (int64), ``local_tile`` [BT], ``KP`` and ``BG``; group g is ``{words}·16`` words further on.
+    With ``one_row`` L is 1 and ``lane`` names the row of the tile.
     """
     yield "at = tl.arange(0, BG * L)"
     for part, r in printer.words:
         per_tile = f"(KP // {part.entries} * 16)"
         count = printer.words_of(part)
         column = f"(at // L * {16 * count} + {16 * r} + {'lane' if one_row else 'at % 16'})"
-        if printer.shares(part):
-            column = f"(at // 16 // {part.entries // printer.group} * 16 + at % 16)"
-        elif count == 1 and not one_row:
+        if count == 1 and not one_row:
             column = "at"
         yield (f"w_{part.name}_{r} = p_{part.name} + first_tile * {per_tile}"
                f" + local_tile[:, None] * {per_tile} + {column}[None, :]")  # fmt: skip
 
 
-def word_loads(printer: Printer, group: str, tag: str = "", inside: int = 0) -> Iterator[str]:
-    """Loads ``q_{part}_{r}{tag}`` of ``[BT, BG, L]`` words that begin at group ``group``; zero beyond KP if not EVEN.
-
-    Words that groups share are shifted to the weights of their group; ``inside`` is the first weight's number, modulo all
-    lengths of words.
-    """
+def word_loads(printer: Printer, group: str, tag: str = "") -> Iterator[str]:
+    """Loads ``q_{part}_{r}{tag}`` of ``[BT, BG, L]`` words that begin at group ``group``; zero beyond KP if not EVEN."""
     for even in (True, False):
         yield "if EVEN:" if even else "else:"
         for part, r in printer.words:
-            first = f"({group}) // {part.entries // printer.group}" if printer.shares(part) else f"({group}) * {printer.words_of(part)}"
             mask = "" if even else f", mask=(({group}) + at // L < KP // {printer.group})[None, :], other=0"
-            yield f"    d_{part.name}_{r}{tag} = tl.load(w_{part.name}_{r} + {first} * 16{mask})"
+            where = f"w_{part.name}_{r} + ({group}) * {16 * printer.words_of(part)}"
+            yield f"    d_{part.name}_{r}{tag} = tl.load({where}{mask})"
     for part, r in printer.words:
-        shift = ""
-        if printer.shares(part):
-            step, start = printer.slots * part.bits, inside % part.entries // 4 * part.bits
-            shift = f" >> {start}"
-        yield f"q_{part.name}_{r}{tag} = tl.reshape(d_{part.name}_{r}{tag}, [BT, BG, L]){shift}"
+        yield f"q_{part.name}_{r}{tag} = tl.reshape(d_{part.name}_{r}{tag}, [BT, BG, L])"
 
 
 def natural(printer: Printer) -> str:
@@ -120,7 +109,7 @@ def granules(printer: Printer) -> list[str]:
 
 
 def tile_scale_pointers(printer: Printer, one_row: bool = False) -> Iterator[str]:
-    """Pointers ``f_{part}`` of ``[BT, BP·L]`` scales at the first step; planes with an entry per row are loaded as ``v_{plane}``."""
+    """Pointers ``f_{part}`` of ``[BT, BP·L]`` scales at the first step; what has an entry per row is loaded, as ``v_{plane}``."""
     if group_planes(printer):
         yield "granule = tl.arange(0, BP * L) // L"
     for p in group_planes(printer):

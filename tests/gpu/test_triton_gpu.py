@@ -5,11 +5,11 @@ import torch
 import triton_cases as cases
 
 from qcompile.codegen.triton import TritonKernels, triton_kernels
-from qcompile.formats import Scheme, reference
+from qcompile.formats import FormatSpec, Scheme, reference
 
 pytestmark = pytest.mark.gpu
 
-LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 """Relative error (Frobenius) against float64: rounding of the output, and of a table's values to the operand type."""
 
 
@@ -52,9 +52,20 @@ def test_decode_is_rounded_once(scheme: Scheme) -> None:
     kernels = triton_kernels(scheme)
     planes, weight = weights(kernels, 200, 1111)
     got = kernels.decode(planes, 200, 1111, torch.float32)
-    torch.testing.assert_close(got.double(), weight, rtol=2e-7, atol=1e-30)
+    # With an offset, a fused multiply-add rounds once where the reference rounds twice.
+    tiny = float(weight.abs().max()) * (1e-7 if kernels.printer.form.offset != 0 else 0) + 1e-30
+    torch.testing.assert_close(got.double(), weight, rtol=2.5e-7, atol=tiny)
     half = kernels.decode(planes, 200, 1111, torch.bfloat16)
-    torch.testing.assert_close(half.double(), weight, rtol=2**-8, atol=1e-30)
+    torch.testing.assert_close(half.double(), weight, rtol=2**-8, atol=tiny)
+
+
+@pytest.mark.parametrize("spec", cases.formats(), ids=lambda s: s.name)
+def test_rows_are_those_of_the_decoded_weight(spec: FormatSpec) -> None:
+    kernels = triton_kernels(Scheme(spec))
+    planes, _ = weights(kernels, 200, 1111)
+    indices = torch.randint(0, 200, (3, 5), device="cuda")
+    for dtype in LIMITS:
+        assert torch.equal(kernels.rows(planes, indices, 200, 1111, dtype), kernels.decode(planes, 200, 1111, dtype)[indices])
 
 
 def test_a_captured_graph_replays_the_same_numbers() -> None:
