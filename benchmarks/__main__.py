@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .machine import save
 
-QUESTIONS = ("linear", "model", "memory")
+QUESTIONS = ("linear", "formats", "model", "memory", "accuracy")
 
 app = typer.Typer(add_completion=False)
 
@@ -23,12 +23,17 @@ def main(question: str = typer.Argument(help=f"one of {', '.join(QUESTIONS)}, or
     for name in QUESTIONS if question == "all" else (question,):
         rows = importlib.import_module(f"benchmarks.{name}").run()
         table = Table(title=name)
-        for column in rows[0]:
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        for column in columns:
             table.add_column(column, justify="right")
         for row in rows:
-            table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+            table.add_row(*(_shown(row.get(column, "")) for column in columns))
         Console(width=160).print(table)
         Console().print(f"written to {save(name, rows)}")
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 app()

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qcompile.codegen.cpp import cpu_kernels
 from qcompile.formats import Scheme, get
 from qcompile.formats.reference import quantize
+from qcompile.kernels import for_scheme
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 """(N, K) of the attention and feed-forward projections of an 8-billion-parameter Llama."""
@@ -74,12 +74,13 @@ def candidate(name: str, weight: torch.Tensor) -> Candidate:
     """Our kernel of scheme ``name`` (``format`` or ``format+activations``) on copies of the quantized ``weight``."""
     fmt, _, activations = name.partition("+")
     scheme = Scheme(get(fmt), activations or None)
-    kernels = cpu_kernels(scheme)
+    kernels = for_scheme(scheme, "cpu")
     planes = quantize(scheme.format, weight)
     nbytes = sum(p.nbytes for p in planes)
     copies = [[p.clone() for p in planes] for _ in range(_copies(nbytes))]
     calls = [functools.partial(kernels.linear, planes=c, bias=None, n=weight.shape[0]) for c in copies]
-    return Candidate(name, nbytes, calls, lambda rows: kernels.variant(rows, weight.dtype))
+    own = getattr(kernels, "inner", kernels)  # of a permuted format
+    return Candidate(name, nbytes, calls, lambda rows: own.variant(rows, weight.dtype))
 
 
 def measure(

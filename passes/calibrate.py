@@ -102,7 +102,7 @@ class _Calibration(Interpreter):
         matrix = value if is_linear else value.t()
         n, k = matrix.shape
         if parameter.name not in self.planes:
-            curvature = self._curvature(inputs, weight.format.padded(n, k)[1], weight.layer)
+            curvature = self._curvature(inputs, weight.format.whole(k), weight.layer)
             self.planes[parameter.name] = tuple(gptq.quantize(weight.format, matrix, curvature, weight.layer))
         decoded = _decoded(weight.format, self.planes[parameter.name], n, k, value.dtype)
         self.env[right] = decoded if is_linear else decoded.t()

@@ -219,7 +219,7 @@ def test_decoding_is_the_value_for_every_code(spec: FormatSpec) -> None:
     order = torch.randperm(k, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     decoded = reference.decode(spec, [*planes, order] if spec.permuted else planes, n, k)
     wide = {
-        p.name: entries[p.name].repeat_interleave(p.rows or n, 0)[:n].repeat_interleave(p.per or k, 1)
+        p.name: entries[p.name].repeat_interleave(p.rows or n, 0)[:n].repeat_interleave(p.per or k, 1)[:, :k]
         for p in spec.planes
     }
     expected = _evaluated(spec, wide)

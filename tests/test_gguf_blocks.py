@@ -106,7 +106,7 @@ def test_each_bit_of_a_block_belongs_to_one_bit_of_a_plane(name: str) -> None:
     spec = formats.get(name)
     assert sum(field.size for field in BLOCKS[name]) == size
     assert all(sum(chunk.bits for chunk in field.chunks) == 8 for field in BLOCKS[name])
-    assert spec.bits_per_weight() * block == 8 * size and spec.k_multiple == block
+    assert spec.bits_per_weight() * block == 8 * size and spec.whole_groups == block
     bits = torch.eye(8 * size, dtype=torch.uint8).view(8 * size, size, 8) << torch.arange(8, dtype=torch.uint8)
     one_bit = bits.sum(-1, dtype=torch.uint8)
     planes = from_blocks(name, one_bit, 8 * size, block)

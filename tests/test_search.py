@@ -196,7 +196,7 @@ def test_padding_takes_no_part(spec: FormatSpec, n: int, k: int) -> None:
     """A ragged weight is rounded as well as one that fills its groups, and alike whatever other rows there are."""
     weight = gaussian(n, k)
     full = torch.cat([weight, gaussian(-n % 16 or 16, k, seed=1)])
-    full = torch.cat([full, gaussian(len(full), spec.padded(n, k)[1] - k, seed=2)], 1)
+    full = torch.cat([full, gaussian(len(full), spec.whole(k) - k, seed=2)], 1)
     assert error(spec, weight) <= 1.15 * error(spec, full) + 1e-6
     if all(p.rows == 1 for p in spec.scales):
         beside = torch.cat([weight, gaussian(7, k, seed=1)])

@@ -119,7 +119,8 @@ def test_weights_are_copied_sixteen_bytes_at_a_time(programs: dict[str, Report])
     """Unless the words of one product are fewer than 16 bytes for each thread: then as many as there are."""
     reports = compiled(programs, "gemv", "dot", "dot8", "decode")
     assert not (bad := [r for r in reports if r["copied"] < r["copyable"]]), shown(bad)
-    assert sum(r["copied"] == 16 for r in reports) > 0.75 * len(reports)
+    wide = [r for r in reports if r["kernel"] == "gemv" or (r["direct"] and r["threads"] == 128)]
+    assert not (bad := [r for r in wide if r["copied"] < 16]), shown(bad)
 
 
 def test_scales_are_multiplied_once_per_period(programs: dict[str, Report]) -> None:
@@ -136,7 +137,8 @@ def test_scales_are_multiplied_once_per_period(programs: dict[str, Report]) -> N
         assert r["kernel"] == "dot" or r["pair_multiplies"] <= 16, shown([r])
     for r in compiled(programs, "gemv"):
         words = r["weights"] / r["group"]
-        assert r["scalar_multiplies"] <= r["weights"] + words * (1 + 2 * r["offset"]) + 24, shown([r])
+        factors = 4 * r["scales"]  # planes multiplied with each other and by the unit, for the scales that a thread loads
+        assert r["scalar_multiplies"] <= r["weights"] + words * (1 + 2 * r["offset"]) + factors + 24, shown([r])
 
 
 def test_tables_are_looked_up_by_byte_permutes(programs: dict[str, Report]) -> None:
@@ -189,11 +191,12 @@ def test_the_source_depends_on_the_declaration_only_and_names_are_its_own() -> N
 
 @pytest.mark.parametrize("name,kernels", [
     ("six_bits", "gemv dot decode dot"), ("four_g48", "gemv dot decode"), ("seven_odd", "gemv dot decode dot8"),
-    ("five_g24", "decode decode decode decode"), ("Q4_K", "dot dot decode dot8"), ("nf4", "dot dot decode"),
+    ("five_g24", "gemv decode decode decode"), ("Q3_K", "gemv dot decode dot"), ("Q4_K", "dot dot decode dot8"),
+    ("nf4", "dot dot decode"),
 ])  # fmt: skip
 def test_periods_decide_which_kernels_run(name: str, kernels: str) -> None:
-    """For 1, 16 and 300 rows, and for 16 rows with int8 activations. All periods decode; 16-bit matrix units sum 16 weights of
-    one scale, 8-bit units 32, and the words of a group of weights need one scale."""
+    """For 1, 16 and 300 rows, and for 16 rows with int8 activations. All periods decode and stream; 16-bit matrix units sum
+    16 weights of one scale, 8-bit units 32."""
     spec = next((s for s in cases.PRIVATE if s.name == name), None) or get(name)
     target = Target("cuda", "90")
     found = [triton_kernels(Scheme(spec)).variant(rows, torch.bfloat16, target).tile.kernel for rows in (1, 16, 300)]

@@ -121,7 +121,7 @@ def operation(instruction: str) -> str:
 
 
 def longest_loop(instructions: list[str]) -> list[str]:
-    """Instructions of the longest backward branch: the loop over K (unrolled or branchless kernels have none)."""
+    """Instructions of the longest backward branch that stores nothing: the loop over K (branchless kernels have none)."""
     at, labels, loop = 0, {}, (0, 0)
     kept = []
     for line in instructions:
@@ -131,8 +131,9 @@ def longest_loop(instructions: list[str]) -> list[str]:
         kept.append(line)
         at += 1
         target = re.search(r"BRA.*`\((\.L\w+)\)", line)
-        if target and labels.get(target.group(1), at) < at - (loop[1] - loop[0]):
-            loop = labels[target.group(1)], at
+        start = labels.get(target.group(1), at) if target else at
+        if start < at - (loop[1] - loop[0]) and not any("STG" in i or "EXIT" in i for i in kept[start:at]):
+            loop = start, at
     return kept[loop[0] : loop[1]]
 
 
@@ -159,6 +160,7 @@ def code_facts(kernels: Compiled, name: str, compiled: Any, options: dict[str, A
     whole = collections.Counter(n.split(".")[0] for n in names)
     threads = 32 * options["num_warps"]
     products, size = blocks(kernels.printer)
+    groups = max((options.get("BK") or size) // kernels.printer.group, 1)
     # Warps side by side along the rows of x decode the same weights.
     warps = re.search(r"nvidia_mma<.*warpsPerCTA = \[\d+, (\d+)\]", compiled.asm["ttgir"])
     twice = int(warps.group(1)) if warps and name == "dot" else 1
@@ -168,14 +170,15 @@ def code_facts(kernels: Compiled, name: str, compiled: Any, options: dict[str, A
         "matrix": sorted({n for n in whole if MATRIX.match(n)}), "stores": sum(n.startswith("STG") for n in names),
         "copied": max((width for width, mark in ((16, ".128"), (8, ".64"), (4, "")) for n in names
                        if n.startswith(("LDGSTS", "LDG")) and mark in n), default=0),
-        "copyable": min(16, 4 * options.get("BT", 1) * 16 * ((options.get("BK") or size) // kernels.printer.group) // threads),
+        "copyable": min(16, 4 * options.get("BT", 1) * 16 * groups // threads),
         "weights": weights, "loop": sum(loop.values()),
         "scalar_multiplies": sum(loop[n] for n in ("FFMA", "FMUL")) + 2 * sum(loop[n] for n in ("FFMA2", "FMUL2")),
         "pair_multiplies": sum(loop[n] for n in ("HFMA2", "HMUL2")),
         "permutes": (loop or whole)["PRMT"], "selects": (loop or whole)["SEL"] + (loop or whole)["FSEL"],
+        "scales": -(-options.get("BK", 0) // (kernels.printer.granule or options.get("BK", 1)) * 16 // threads),
         "accumulators": options.get("BT", 0) * 16 * options.get("BM", 0) // threads, "products": products,
-        "offset": kernels.printer.form.offset != 0, "group": kernels.printer.group, "direct": kernels.printer.direct,
-        "decoder": decoder(kernels.scheme),
+        "offset": kernels.printer.form.offset != 0, "group": kernels.printer.cut or kernels.printer.group,
+        "direct": kernels.printer.direct, "decoder": decoder(kernels.scheme),
     }  # fmt: skip
 
 
@@ -205,13 +208,13 @@ Task = tuple[Scheme, int, int, torch.dtype, str]
 
 
 def plan(schemes: list[Scheme]) -> Iterator[Task]:
-    """(scheme, compute capability, rows, dtype, kernel). A product of every kind of scheme is compiled for two targets in
-    turn, and each of the other kernels for one; over all of them, every target gets every tile."""
+    """(scheme, compute capability, rows, dtype, kernel). A product of every kind of scheme is compiled for one or two targets
+    in turn, and each of the other kernels for one; over all of them, every target gets every tile."""
     for i, scheme in enumerate(schemes):
         both = (torch.bfloat16, torch.float16)
-        for j in (i, i + 2) if scheme.activations is None else (i,):
+        for j in (i, i + 2) if scheme.activations is None and i % 3 else (i,):
             yield scheme, ARCHES[j % 4], ROWS[(j + i // 4) % 4], both[(i // 2 + j // 4) % 2], "table"
-        if scheme.activations is None and Printer(scheme.format).streams:
+        if scheme.activations is None:
             yield scheme, ARCHES[(i + 1) % 4], 1, torch.bfloat16, "gemv"
         if i % 3 == 0 and scheme.activations is None:
             yield scheme, ARCHES[(i // 3) % 4], 256, torch.bfloat16, "decode"

@@ -93,7 +93,7 @@ def quantize(
     if (reason := why_not(spec)) is not None:
         raise FormatError(f"{layer}: no rounding by GPTQ, {reason}; compile with rounding='nearest'")
     n, k = weight.shape
-    cols = spec.padded(n, k)[1]
+    cols = spec.whole(k)
     curvature = hessian if isinstance(hessian, Curvature) else Curvature.of(hessian, cols, layer)
     fixed = reference.whole_tensor_entries(spec, weight, layer)
     parts = [_round_rows(spec, chunk, curvature, cols, fixed) for _, chunk in

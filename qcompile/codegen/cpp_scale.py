@@ -27,7 +27,7 @@ def tile_start(part: Part) -> str:
     """Elements before tile ``t`` of a tensor of rows of ``k`` weights."""
     lanes = 16 if part.plane.rows == 1 else 1
     each = part.plane.per * part.entries
-    return f"t * {lanes}" if part.plane.per == ROW else f"t * (k / {each}) * {lanes}"
+    return f"t * {lanes}" if part.plane.per == ROW else f"t * ((k + {each - 1}) / {each}) * {lanes}"
 
 
 def scale_loads(spec: FormatSpec) -> Iterator[str]:

@@ -72,7 +72,7 @@ MOST_ROWS = {16: 16, 32: 32}
 """Rows of a tile whose products are as short as these periods: every product is scaled, so more rows save little, their
 accumulators spill, and Triton 3.9 loses such kernels on sm_100 (it compiles them to nothing)."""
 
-REGISTERS = {("dot", 80, 32): 255, ("dot", 100, 16): 168}
+REGISTERS = {("dot", 80, 32): 255, ("dot", 100, 16): 200, ("dot", 100, 32): 255}
 """(kernel, compute capability in tens, rows) where ptxas saves registers until it spills, and a limit that stops it."""
 
 
@@ -103,9 +103,10 @@ def quads(arch: int, triton: tuple[int, int]) -> bool:
 
 
 def gemv_tile(group: int, granule: int, kp: int) -> Tile:
-    """128 weights a thread in each step, 4 rows in groups of ``group``; short rows take shorter steps."""
+    """4 rows and 4 groups of weights a thread in each step (1 of the longest groups, or registers run out); short rows take
+    shorter steps."""
     warps = 4
-    step = min(32 * warps * group, 2048)
+    step = 1024 if group == 32 else 32 * warps * group
     while step > max(granule, group * 32) and step >= 2 * kp:
         step //= 2
     return Tile("gemv", 1, 1, warps, 3, step)

@@ -67,7 +67,7 @@ class TritonKernels:
             kernels.append(quantize(printer, f"quantize_{tag}", self.scheme.activations))
             if printer.fused8:
                 kernels.append(dot8(printer, f"dot8_{tag}"))
-        elif printer.streams:
+        else:
             kernels.append(gemv(printer, f"gemv_{tag}"))
         return module(self.scheme.label, kernels, printer.imports)
 
@@ -95,7 +95,7 @@ class TritonKernels:
             return self._narrow(rows, dtype, target)
         wide, granule = dtype == torch.float32, printer.granule
         slow = not printer.direct or (printer.exact16 and self.scheme.format.code.bits >= tiles.at_arch(tiles.GEMV_BITS, arch))
-        if rows == 1 and (wide or slow) and printer.streams:
+        if rows == 1 and (wide or slow):
             return Variant(tiles.gemv_tile(printer.group, granule, kp), printer.wide, "float32")
         limit = tiles.DECODE_FROM_FLOAT32 if wide else tiles.at_arch(tiles.DECODE_FROM, arch)
         if rows >= limit or not printer.fused or (wide and not printer.exact16):

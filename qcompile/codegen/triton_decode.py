@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..formats.spec import ROW
 from . import triton_text as text
 from .triton_print import Printer
 from .triton_words import joined
@@ -65,7 +64,7 @@ def _weights(printer: Printer, one_row: bool = False) -> Iterator[str]:
 def _scaled(printer: Printer) -> Iterator[str]:
     """``g`` times coeff plus offset; factors are [BT, BP, 1, L], with several granules in a group or several groups in one."""
     form, group = printer.form, printer.group
-    cut = printer.granule if 0 < printer.granule < group else ROW
+    cut = printer.cut
     shape = f"[BT, BG, L, {group // cut}, {cut}]" if cut else f"[BT, BP, BG // BP, L, {group}]"
     yield f"g = tl.reshape(g, {shape})"
     for expr, sign in ((form.coeff, "*"), (form.offset, "+")):
@@ -73,10 +72,6 @@ def _scaled(printer: Printer) -> Iterator[str]:
             if expr != (1 if sign == "*" else 0):
                 yield f"g = g {sign} {text.factor(printer, expr)}"
             continue
-        yield f"f = {text.factor(printer, expr)}"
-        if cut and any(p.name in {s.name for s in expr.free_symbols} for p in text.group_planes(printer)):
-            yield f"f = tl.permute(tl.reshape(f, [BT, BG, {group // cut}, L]), 0, 1, 3, 2)"
-        elif cut:
-            yield "f = tl.permute(f, 0, 1, 3, 2)"
+        yield f"f = {text.placed_factor(printer, expr)}"
         yield f"g = g {sign} tl.expand_dims(f, 4)"
     yield f"g = tl.reshape(g, [BT, BG, L, {group}])"

@@ -55,7 +55,7 @@ def _kernel(printer: Printer, name: str, narrow: bool) -> str:
 def _where(printer: Printer) -> Iterator[str]:
     count, size = blocks(printer)
     yield f"BK: tl.constexpr = {count * size}"
-    yield f"BG: tl.constexpr = {size // printer.group}"
+    yield f"BG: tl.constexpr = {max(size // printer.group, 1)}"
     yield "L: tl.constexpr = 16"
     yield "BN: tl.constexpr = BT * 16"
     yield "first_row = tl.program_id(0).to(tl.int64) * BM"
@@ -67,8 +67,9 @@ def _where(printer: Printer) -> Iterator[str]:
 
 def _x_pointers(printer: Printer, narrow: bool) -> Iterator[str]:
     """``x_at`` [BK of one product] in the order of the decoded tile, ``x_from`` [BM, …]."""
-    quads = f"x_at = order % 4 + 4 * (order // 4 // BG) + {printer.group} * (order // 4 % BG)"
-    pairs = f"2 * (order // 2 // BG % 2) + 4 * (order // 2 // (2 * BG)) + {printer.group} * (order // 2 % BG)"
+    each = _each(printer)
+    quads = f"x_at = order % 4 + 4 * (order // 4 // BG) + {each} * (order // 4 % BG)"
+    pairs = f"2 * (order // 2 // BG % 2) + 4 * (order // 2 // (2 * BG)) + {each} * (order // 2 % BG)"
     yield f"order = tl.arange(0, {blocks(printer)[1]})"
     if narrow:
         yield quads
@@ -77,9 +78,14 @@ def _x_pointers(printer: Printer, narrow: bool) -> Iterator[str]:
     yield "x_from = x_ptr + first_row * x_stride + row[:, None] * x_stride + x_at[None, :]"
 
 
+def _each(printer: Printer) -> int:
+    """Weights of a group in one product: all, or those of one scale where a group has several."""
+    return min(printer.group, blocks(printer)[1])
+
+
 def _tile(printer: Printer, joined_elements: str, quads: bool) -> str:
     """Elements [BT, BG, 16, j0, j1, s…] as the left operand: rows are (tile, lane), columns in the order of ``x_at``."""
-    bits = printer.group.bit_length() - 1
+    bits = _each(printer).bit_length() - 1
     last = (1, 4, 3) if quads else (4, 1, 3)
     order = ", ".join(map(str, (0, 2, *range(2 + bits, 4, -1), *last)))
     return f"tl.reshape(tl.permute({joined_elements}, {order}), [BN, {blocks(printer)[1]}])"
@@ -90,7 +96,7 @@ def _scale_pointers(printer: Printer) -> Iterator[str]:
     yield "column = tl.minimum(tl.arange(0, BN), (tiles - first_tile.to(tl.int32)) * 16 - 1)"
     for p in text.group_planes(printer):
         for part in p.parts:
-            per_tile = f"(KP // {text.span(part)} * {text.lanes_of(p)})"
+            per_tile = f"({text.stored(part)} * {text.lanes_of(p)})"
             yield f"f_{part.name} = p_{part.name} + first_tile * {per_tile} + column // 16 * {per_tile}{_lane(p)}"
     for p in text.row_planes(printer):
         for part in p.parts:
@@ -119,7 +125,7 @@ def _scale_loads(printer: Printer, step: str) -> Iterator[str]:
         for part in p.parts:
             covered, count = text.span(part), _loads(printer, part)
             for i in range(count):
-                at = f"tl.minimum((({step}) * {STEP} + {i * (STEP // count)}) // {covered}, KP // {covered} - 1)"
+                at = f"tl.minimum((({step}) * {STEP} + {i * (STEP // count)}) // {covered}, {text.stored(part)} - 1)"
                 yield f"n_{part.name}{i} = tl.load(f_{part.name} + {at} * {text.lanes_of(p)})"
 
 
@@ -151,7 +157,8 @@ def _accumulators(printer: Printer, narrow: bool) -> Iterator[str]:
 def _step(printer: Printer, narrow: bool) -> Iterator[str]:
     count, size = blocks(printer)
     for b in range(count):
-        yield from text.word_loads(printer, f"(step * {count} + {b}) * BG", f"_{b}")
+        if b * size % printer.group == 0:
+            yield from text.word_loads(printer, f"(step * {STEP} + {b * size}) // {printer.group}", f"_{b}")
         base = f"step * BK + {b * size}"
         yield "if EVEN:"
         yield f"    x{b} = tl.load(x_from + ({base}))"
@@ -168,11 +175,19 @@ def _step(printer: Printer, narrow: bool) -> Iterator[str]:
     yield from _scale_loads(printer, "step + 1")
 
 
+def _place(printer: Printer, b: int) -> tuple[str, slice]:
+    """The tag of the words that hold product b, and which of their slots are its."""
+    size, group = blocks(printer)[1], printer.group
+    first = b * size % group // 4
+    return f"_{b - b * size % group // size}", slice(first, first + _each(printer) // 4)
+
+
 def _product(printer: Printer, b: int) -> Iterator[str]:
     form, row = printer.form, printer.granule == ROW
-    lines, names = printer.elements(f"_{b}")
-    yield from lines
-    yield f"g = {joined([e for r in names for e in r])}.to(DOT)"
+    tag, slots = _place(printer, b)
+    lines, names = printer.elements(tag)
+    yield from lines if slots.start == 0 else ()
+    yield f"g = {joined([e for r in names[slots] for e in r])}.to(DOT)"
     yield from ("if QUADS:", f"    g = {_tile(printer, 'g', True)}", "else:", f"    g = {_tile(printer, 'g', False)}")
     yield f"xt = tl.trans(x{b}.to(DOT))"
     yield "acc = tl.dot(g, xt, acc)" if row else "part_sum = tl.dot(g, xt)"
@@ -210,8 +225,9 @@ def _column(printer: Printer, expr: sympy.Expr, unit: bool = True) -> str:
 
 def _product8(printer: Printer, b: int) -> Iterator[str]:
     form, row, integer = form8(printer), printer.granule == ROW, is_integer(printer)
-    yield from bytes8(printer, f"_{b}")
-    names = [f"b{s}{j}_{b}" for s in range(printer.slots) for j in range(4)]
+    tag, slots = _place(printer, b)
+    yield from bytes8(printer, tag) if slots.start == 0 else ()
+    names = [f"b{s}{j}{tag}" for s in range(printer.slots)[slots] for j in range(4)]
     yield f"g = {_tile(printer, joined(names), True)}"
     kind = "out_dtype=tl.int32" if integer else "out_dtype=tl.float32"
     if integer and row:

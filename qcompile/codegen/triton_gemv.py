@@ -29,7 +29,8 @@ def gemv(printer: Printer, name: str) -> str:
 
 
 def _accumulators(printer: Printer) -> Iterator[str]:
-    yield "acc = tl.zeros([BT, BP, BG // BP, 16], tl.float32)"
+    parts = printer.group // printer.cut if printer.cut else 1
+    yield f"acc = tl.zeros({f'[BT, BG, 16, {parts}]' if printer.cut else '[BT, BP, BG // BP, 16]'}, tl.float32)"
     if printer.form.offset != 0 and printer.granule == ROW:
         yield "total = tl.zeros([1, BP, BG // BP, 1], tl.float32)"
 
@@ -47,17 +48,22 @@ def _gemv_step(printer: Printer) -> Iterator[str]:
     yield f"g = tl.permute({joined([e for row in names for e in row])}, {text.natural(printer)})"
     yield f"g = tl.reshape(g, [BT, BG, 16, {printer.group}]).to(tl.float32)"
     yield f"xs = tl.reshape(x, [1, BG, 1, {printer.group}]).to(tl.float32)"
-    yield "dot = tl.reshape(tl.sum(g * xs, 3), [BT, BP, BG // BP, 16])"
+    if printer.cut:
+        parts = f"{printer.group // printer.cut}, {printer.cut}"
+        yield f"dot = tl.sum(tl.reshape(g * xs, [BT, BG, 16, {parts}]), 4)"
+    else:
+        yield "dot = tl.reshape(tl.sum(g * xs, 3), [BT, BP, BG // BP, 16])"
     if form.offset != 0:
-        yield "sum_x = tl.reshape(tl.sum(xs, 3), [1, BP, BG // BP, 1])"
+        yield (f"sum_x = tl.sum(tl.reshape(xs, [1, BG, 1, {parts}]), 4)" if printer.cut else
+               "sum_x = tl.reshape(tl.sum(xs, 3), [1, BP, BG // BP, 1])")  # fmt: skip
     if printer.granule == ROW:
         yield "acc += dot"
         if form.offset != 0:
             yield "total += sum_x"
         return
-    yield f"acc += dot * (({text.factor(printer, form.coeff)}) * UNIT)"
+    yield f"acc += dot * (({text.placed_factor(printer, form.coeff)}) * UNIT)"
     if form.offset != 0:
-        yield f"acc += sum_x * ({text.factor(printer, form.offset)})"
+        yield f"acc += sum_x * ({text.placed_factor(printer, form.offset)})"
     # The next step's scales are too narrow for an asynchronous copy: they travel in registers, one step ahead.
     yield from text.tile_scale_loads(printer, "step + 1")
 
@@ -68,7 +74,7 @@ def _gemv_end(printer: Printer) -> Iterator[str]:
         yield f"acc = acc * (({text.factor(printer, form.coeff)}) * UNIT)"
         if form.offset != 0:
             yield f"acc += total * ({text.factor(printer, form.offset)})"
-    yield "y = tl.sum(tl.reshape(acc, [BT, BG, 16]), 1)"
+    yield "y = tl.sum(tl.sum(acc, 3), 1)" if printer.cut else "y = tl.sum(tl.reshape(acc, [BT, BG, 16]), 1)"
     yield "n = (first_tile + tl.arange(0, BT))[:, None] * 16 + tl.arange(0, 16)[None, :]"
     yield "if HAS_BIAS and not PARTIAL:"
     yield "    y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)"

@@ -98,14 +98,14 @@ class Printer:
         return ROW if period == ROW else min(period & -period, LONGEST_GRANULE)
 
     @functools.cached_property
-    def streams(self) -> bool:
-        """Whether whole words have one scale, as the kernel for one row needs it."""
-        return self.granule == ROW or self.granule >= self.group
+    def cut(self) -> int:
+        """Weights of one scale inside a group whose scales differ; :data:`ROW` where whole groups have one."""
+        return self.granule if self.granule < self.group else ROW
 
     @functools.cached_property
     def fused(self) -> bool:
         """Whether products of 16 weights have one scale, as 16-bit matrix units need it."""
-        return self.granule == ROW or self.granule >= max(16, self.group)
+        return self.granule == ROW or self.granule >= 16
 
     @functools.cached_property
     def direct(self) -> bool:
@@ -150,7 +150,7 @@ class Printer:
         elif book is not None:
             half, brain = (1.0, 2.0 ** (15 - minifloat_bias(book))), (2.0 ** (127 - minifloat_bias(book)), 1.0)
         else:
-            return table.constants(self.spec)
+            return table.constants(self.spec, self.permutes)
         return ["if DEC == tl.float16:", f"    LIFT: tl.constexpr = {half[0]!r}", f"    UNIT: tl.constexpr = {half[1]!r}",
                 "else:", f"    LIFT: tl.constexpr = {brain[0]!r}", f"    UNIT: tl.constexpr = {brain[1]!r}"]  # fmt: skip
 

@@ -3,8 +3,9 @@
 A byte table of 2^b entries lies in 2^b/4 registers. ``prmt`` picks four bytes of two registers by the four low nibbles of
 a selector (three bits each), so eight entries take one instruction for four codes; each further bit of the code merges
 two results by another permute. A value of w bytes is looked up in w byte tables, and permutes put its bytes together.
-16-bit elements are the table divided by a power of two (``UNIT``) and rounded to the operand's type; float32 elements
-are exact.
+16-bit elements are the table divided by a power of two (``UNIT``) and rounded to the operand's type: exact for tables of
+small integers, else by at most 2^-9 (bfloat16) or 2^-12 (float16) of a value. Matrix units take those. Float32 elements, four
+byte tables, are exact: kernels without a matrix product use them where 16 bits are not.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def unit(spec: FormatSpec) -> float:
     return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
 
 
-def constants(spec: FormatSpec) -> list[str]:
-    """Lines that define ``UNIT``, registers ``T{byte}_{i}`` of the byte tables, and patterns ``V{code}`` for bit selects."""
+def constants(spec: FormatSpec, permutes: bool) -> list[str]:
+    """Lines that define ``UNIT``, and registers ``T{byte}_{i}`` of the byte tables or patterns ``V{code}`` for bit selects."""
     lines = [f"UNIT: tl.constexpr = {unit(spec)!r}"]
     for name, dtype in TYPES:
         values = (gen_table(spec) / unit(spec)).to(dtype)
@@ -45,10 +46,12 @@ def constants(spec: FormatSpec) -> list[str]:
         bits = 8 * integer.itemsize
         patterns = [v % 2**bits for v in values.view(integer).tolist()]
         lines.append(f"{'if' if dtype == torch.float32 else 'elif'} DEC == tl.{name}:")
+        if not permutes:
+            lines += [f"    V{c}: tl.constexpr = {signed(p) if bits == 32 else pair(p)}" for c, p in enumerate(patterns)]
+            continue
         for byte in range(integer.itemsize):
             table = registers([(p >> (8 * byte)) & 255 for p in patterns])
             lines += [f"    T{byte}_{i}: tl.constexpr = {r}" for i, r in enumerate(table)]
-        lines += [f"    V{c}: tl.constexpr = {signed(p) if bits == 32 else pair(p)}" for c, p in enumerate(patterns)]
     return lines
 
 
@@ -133,14 +136,14 @@ def _permuted(names: list[str], ks: tuple[int, int, int, int], width: int, tag: 
     for byte in range(width):
         table = [f"{'T' if i % 2 else 'H'}{byte}_{i}" for i in range(count)]
         yield f"r{byte} = {lookup(table, names)}"
-    for half in range(width // 2):
+    for low in range(0, width, 2):
         for at, (first, second) in enumerate(_pairs(ks)):
-            select = sum(v << (4 * i) for i, v in enumerate((first, 4 + first, second, 4 + second)))
-            yield f"p{half}{at} = libdevice.byte_perm(r{2 * half}, r{2 * half + 1}, {select})"
+            places = sum(v << (4 * i) for i, v in enumerate((first, 4 + first, second, 4 + second)))
+            yield f"p{low // 2}{at} = libdevice.byte_perm(r{low}, r{low + 1}, {places})"
     for at, (first, second) in enumerate(_pairs(ks)):
-        for k, select, half in ((ks[first], 0x5410, f"p0{at}"), (ks[second], 0x7632, f"(p0{at} >> 16)")):
+        for k, places, half in ((ks[first], 0x5410, f"p0{at}"), (ks[second], 0x7632, f"(p0{at} >> 16)")):
             if width == 4:
-                word = f"libdevice.byte_perm(p0{at}, p1{at}, {select})"
+                word = f"libdevice.byte_perm(p0{at}, p1{at}, {places})"
             else:
                 word = f"{half}.to(tl.int16)"
             yield f"e{k // 4}{k % 4}{tag} = {word}.to(DEC, bitcast=True)"

@@ -88,6 +88,11 @@ def lanes_of(plane: Plane) -> int:
     return TILE_N if plane.rows == 1 else 1
 
 
+def stored(part: Part) -> str:
+    """Stored elements of a row of KP weights: the last may cover less."""
+    return f"((KP + {span(part) - 1}) // {span(part)})"
+
+
 def span(part: Part) -> int:
     """Weights that one stored element of a scale covers."""
     return part.plane.per * part.entries
@@ -115,7 +120,7 @@ def tile_scale_pointers(printer: Printer, one_row: bool = False) -> Iterator[str
     for p in group_planes(printer):
         lane = "" if lanes_of(p) == 1 else " + lane" if one_row else " + tl.arange(0, BP * L) % 16"
         for part in p.parts:
-            per_tile, ratio = f"(KP // {span(part)} * {lanes_of(p)})", span(part) // printer.granule
+            per_tile, ratio = f"({stored(part)} * {lanes_of(p)})", span(part) // printer.granule
             start = f"p_{part.name} + first_tile * {per_tile} + local_tile[:, None] * {per_tile}"
             yield f"if BP % {ratio} == 0:"
             yield f"    f_{part.name} = {start} + (granule // {ratio} * {lanes_of(p)}{lane})[None, :]"
@@ -156,6 +161,16 @@ def tile_scale_views(printer: Printer, step: str) -> Iterator[str]:
 def factor(printer: Printer, expr: sympy.Expr) -> str:
     """``coeff`` or ``offset`` over the names ``v_{plane}``, in float32."""
     return scale.expression(printer.spec, expr, {p.name: f"v_{p.name}" for p in printer.spec.scales})
+
+
+def placed_factor(printer: Printer, expr: sympy.Expr) -> str:
+    """:func:`factor` where it is multiplied: as it is, [BT, BP, 1, L], or [BT, BG, L, parts] where groups have several."""
+    value, reads = factor(printer, expr), {s.name for s in expr.free_symbols}
+    if not printer.cut or not reads:
+        return value
+    if any(p.name in reads for p in group_planes(printer)):
+        value = f"tl.reshape({value}, [BT, BG, {printer.group // printer.cut}, L])"
+    return f"tl.permute({value}, 0, 1, 3, 2)"
 
 
 def begin_end() -> list[str]:

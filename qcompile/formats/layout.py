@@ -61,6 +61,8 @@ def _pack_scale(part: Part, entries: torch.Tensor, shape: tuple[int, int, int]) 
 
 
 def _padded(entries: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """``entries`` with zeros added, or what lies beyond the last stored column taken away."""
+    entries = entries[:, :cols]
     if entries.shape == (rows, cols):
         return entries.contiguous()
     full = entries.new_zeros(rows, cols)
@@ -74,6 +76,7 @@ def unpack_plane(plane: Plane, stored: Sequence[torch.Tensor], n: int) -> torch.
     if not plane.is_integer:
         return _rows_of(stored[0], n)
     code = torch.zeros((), dtype=torch.uint8, device=stored[0].device)
+    count = min(t.shape[1] * part.entries for part, t in zip(plane.parts, stored, strict=True))  # bytes end at several places
     for part, tensor in zip(plane.parts, stored, strict=True):
         rows = _rows_of(tensor, n)
         mask, shifts = 2**part.bits - 1, torch.arange(0, 8, part.bits, dtype=torch.uint8, device=tensor.device)
@@ -82,7 +85,7 @@ def unpack_plane(plane: Plane, stored: Sequence[torch.Tensor], n: int) -> torch.
             bits = ((byte >> shifts.view(1, 1, -1, 1)) & mask).reshape(n, -1)
         else:
             bits = ((rows.unsqueeze(-1) >> shifts) & mask).reshape(n, -1)
-        code = code | (bits << part.shift)
+        code = code | (bits[:, :count] << part.shift)
     return code.view(plane.entry_dtype)
 
 

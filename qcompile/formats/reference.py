@@ -73,7 +73,8 @@ def whole_tensor_entries(spec: FormatSpec, weight: torch.Tensor, layer: str) -> 
 def entries_of(
     spec: FormatSpec, weight: torch.Tensor, importance: torch.Tensor | None = None, fixed: Entries | None = None
 ) -> Entries:
-    """Plane entries (codes ``[n, K']``, scales ``[rows, entries]``) of a float32 ``[n, K]`` weight, K padded to K'."""
+    """Plane entries (codes ``[n, K']``, scales ``[rows, entries]``) of a float32 ``[n, K]`` weight, K padded to K' =
+    ``spec.whole(K)``."""
     weight, importance = padded(spec, weight, importance)
     if spec.quantizer is not None:
         return _checked(spec, spec.quantizer(spec, weight), len(weight), weight.shape[1])
@@ -96,7 +97,7 @@ def padded(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``weight`` with K padded to K' by its last column, so that no range changes, and an importance that is 0 there."""
     n, k = weight.shape
-    cols = spec.padded(n, k)[1]
+    cols = spec.whole(k)
     if cols == k:
         return weight, importance
     real = importance if importance is not None else torch.ones(k, device=weight.device)
@@ -126,7 +127,8 @@ def decode(
     cols, form, grouped = spec.padded(n, k)[1], affine(spec), by_plane(spec, planes)
     entries = {p.name: unpack_plane(p, grouped[p.name], n) for p in spec.planes}
     group = spec.period or cols
-    wide = {p.name: entries[p.name].repeat_interleave((p.per or cols) // group, 1) for p in spec.scales}
+    groups = cols // group
+    wide = {p.name: entries[p.name].repeat_interleave((p.per or cols) // group, 1)[:, :groups] for p in spec.scales}
     value = gen_values(spec, entries[spec.code.name]).view(n, -1, group)
     names = tuple(wide)
     value = value * torch_function(spec, form.coeff, names)(*wide.values()).unsqueeze(-1)

@@ -47,7 +47,7 @@ def fit(
     fixed: Mapping[str, torch.Tensor] | None = None,
     shrinks: tuple[float, ...] | None = None,
 ) -> Fit:
-    """Scales and offsets of float32 ``[n, K']`` (K' a multiple of ``spec.k_multiple``).
+    """Scales and offsets of float32 ``[n, K']`` (K' a multiple of ``spec.whole_groups``).
 
     They minimize Σ ``importance``·(w − ŵ)² over a group, ``importance`` float32 ``[K']`` or ``[n, K']``, not negative
     (None: all equal). ``fixed`` holds entries of planes that a whole tensor shares (:func:`whole_tensor`). Raises

@@ -197,8 +197,18 @@ class FormatSpec:
 
     @cached_property
     def k_multiple(self) -> int:
-        """K is padded in storage to a multiple of this (groups, whole words and bytes, and 32 for wide tiles)."""
-        return math.lcm(32, *(max(part.plane.per, 1) * part.entries for part in self.parts if part.plane.per != ROW))
+        """K is padded in storage to a multiple of this: the smallest group, and 32 for whole words. The last entry of a larger
+        group, and the last byte of small scales, may cover less."""
+        return math.lcm(32, self.period) if self.period else 32
+
+    @cached_property
+    def whole_groups(self) -> int:
+        """A multiple of every group: what K is padded to for quantizers."""
+        return math.lcm(self.k_multiple, *(p.per for p in self.scales if p.per != ROW))
+
+    def whole(self, k: int) -> int:
+        """``k`` rounded up to whole groups of every size."""
+        return -(-k // self.whole_groups) * self.whole_groups
 
     @cached_property
     def row_multiple(self) -> int:
@@ -213,13 +223,13 @@ class FormatSpec:
         """(rows, entries along K) of the unpacked plane of an N×K weight."""
         cols = self.padded(n, k)[1]
         rows = 1 if plane.rows == ALL else -(-n // plane.rows)
-        return rows, 1 if plane.per == ROW else cols // plane.per
+        return rows, 1 if plane.per == ROW else -(-cols // plane.per)
 
     def part_shape(self, part: Part, n: int, k: int) -> tuple[int, int, int]:
         """Shape of a stored tensor of an N×K weight: ``[N/16, words, bytes or entries along K, 16]``, with a last dimension
         of 1 where rows share entries: those are stored once for every tile of 16 rows."""
         rows, cols = self.padded(n, k)
-        along = 1 if part.plane.per == ROW else cols // part.plane.per // part.entries
+        along = 1 if part.plane.per == ROW else -(-cols // (part.plane.per * part.entries))
         return rows // TILE_N, along, TILE_N if part.plane.rows == 1 else 1
 
     def nbytes(self, n: int, k: int) -> int:
