@@ -12,17 +12,17 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import encoder as encoder_example  # noqa: E402
-import training  # noqa: E402
-from calibration import CALIBRATION  # noqa: E402
-from measure import parameter_bytes  # noqa: E402
-from sentences import SENTENCES  # noqa: E402
+import encoder as encoder_example
+import training
+from calibration import CALIBRATION
+from measure import parameter_bytes
+from sentences import SENTENCES
 
 Options = dict[str, Any]
 POLICIES: dict[str, Options] = {
     **{name: {"policy": name} for name in (
-        "fp8", "int8", "int8_dynamic", "int4", "int4_g32", "int4_dynamic", "int3_g64", "int2_g64", "nf4", "mxfp4", "nvfp4", "mixed",
-        "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")},
+        "fp8", "int8", "int8_dynamic", "int4", "int4_g32", "int4_dynamic", "int3_g64", "int2_g64", "nf4", "mxfp4", "nvfp4",
+        "mixed", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")},
     **{f"{name}, GPTQ": {"policy": name, "rounding": "gptq"} for name in ("int4", "int4_g32", "int3_g64", "int2_g64")},
 }  # fmt: skip
 WINDOWS = 64

@@ -24,7 +24,8 @@ ORIGINALS = "_qcompile_originals"
 class Conversion:
     """One parameter to pack: every slot that holds it, the scheme, and who hears of the result.
 
-    ``looked_up``: it is an embedding's table, which no calibration rounds. ``planes`` are those of the packed weight where a calibration has rounded it (None: round to nearest).
+    ``looked_up``: it is an embedding's table, which no calibration rounds. ``planes`` are those of the packed weight where
+    a calibration has rounded it (None: round to nearest).
     ``done(packed, bytes before, SQNR in dB)`` is called once it is stored.
     """
 

@@ -63,8 +63,8 @@ Choices = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Mixture:
-    """``base`` is every embedding's and linear layer's type but the output ``head``'s and where the choices for ``v``, ``o`` and ``down``
-    projections give another. Fused projections that hold v count as v."""
+    """``base`` is every embedding's and linear layer's type but the output ``head``'s and where the choices for ``v``, ``o``
+    and ``down`` projections give another. Fused projections that hold v count as v."""
 
     base: str
     v: Choices = ()

@@ -15,7 +15,9 @@ from .formats import Scheme, scheme_of
 class Kernels(Protocol):
     """What a code generator gives for one scheme; planes are in spec order, shapes as in ``formats.layout``."""
 
-    source: str
+    @property
+    def source(self) -> str:
+        """The generated text."""
 
     def linear(
         self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, n: int

@@ -179,8 +179,8 @@ def _by_tile(entries: torch.Tensor, name: str, w: QuantizedTensor) -> torch.Tens
     """One row for each 16 of ``entries``, which must agree: rows that share scales can only move together."""
     tiles = entries[::TILE_N]
     if not torch.equal(tiles.repeat_interleave(TILE_N, 0)[: len(entries)], entries):
-        raise UnsupportedOnTensorError(f"rows of a {w.scheme.label} weight share {name!r} in blocks; slice at multiples of a block, "
-                                       "or call .dequantize() first")  # fmt: skip
+        raise UnsupportedOnTensorError(f"rows of a {w.scheme.label} weight share {name!r} in blocks; slice at multiples of a "
+                                       "block, or call .dequantize() first")  # fmt: skip
     return tiles
 
 

@@ -215,7 +215,8 @@ def test_tied_weights_stay_tied() -> None:
     model = Tied().eval()
     assert_right(model, torch.compile(model, backend="qcompile", options={"policy": "int8"}), ids)
     assert model.lm_head.weight is model.embed.weight and isinstance(model.embed.weight, QuantizedTensor)
-    both = {r.decision.site.operator: r.bytes_after for r in recorder_of(model).plan if r.decision.site.name in ("lm_head", "embed")}
+    both = {r.decision.site.operator: r.bytes_after for r in recorder_of(model).plan
+            if r.decision.site.name in ("lm_head", "embed")}  # fmt: skip
     assert both == dict.fromkeys(("linear", "embedding"), model.embed.weight.packed_nbytes)
     torch._dynamo.reset()
     model = Tied().eval()

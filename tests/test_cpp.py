@@ -22,9 +22,11 @@ SHAPES = ((37, 100), (64, 384))
 q, scale, zero, d, sc = symbols("q scale zero d sc")
 NF4 = Codebook("NF4", tuple(torch.linspace(-1, 1, 16).pow(3).tolist()))
 BOOK = Codebook("BOOK", tuple(torch.linspace(-3, 5, 256).sin().tolist()))
+CUBES = Codebook("CUBES", tuple(float(round((c - 16) ** 3 / 40)) for c in range(32)))
 PRIVATE = (
     FormatSpec("six_bits", (Plane("d", "f16", 256), Plane("sc", "f32", 16), Plane("q", "u6")), d * sc * (q - 32)),
     FormatSpec("seven_bits", (Plane("scale", "bf16", 32), Plane("zero", "f16", 32), Plane("q", "u7")), scale * q + zero),
+    FormatSpec("cubes", (Plane("scale", "f16", 128), Plane("q", "u5")), scale * CUBES(q), (CUBES,)),
     FormatSpec("bits", (Plane("scale", "f32", 64), Plane("q", "u1")), scale * (2 * q - 1)),
     FormatSpec("normal_float", (Plane("scale", "f32", 64), Plane("q", "u4")), scale * NF4(q), (NF4,)),
     FormatSpec("ternary", (Plane("scale", "f32", ROW), Plane("q", "u2")), scale * (q - 1)),

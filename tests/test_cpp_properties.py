@@ -12,8 +12,8 @@ from qcompile.formats import Scheme, get, reference
 from qcompile.formats.spec import FormatSpec
 from qcompile.kernels import for_scheme
 
-NAMES = ("int2_g32", "int3_sym_g96", "int4_g36", "int5_g64", "int6_sym_g48", "int8_g40", "int4_zp_g128_order", "Q3_K", "Q5_K", "mxfp4",
-         "nvfp4", "nf4_g80", "fp8_e5m2_b128")  # fmt: skip
+NAMES = ("int2_g32", "int3_sym_g96", "int4_g36", "int5_g64", "int6_sym_g48", "int8_g40", "int4_zp_g128_order", "Q3_K", "Q5_K",
+         "mxfp4", "nvfp4", "nf4_g80", "fp8_e5m2_b128")  # fmt: skip
 """Groups of all kinds: powers of two or not, blocks of rows, two levels."""
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

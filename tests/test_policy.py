@@ -187,20 +187,24 @@ def test_embeddings_are_packed_where_a_rule_names_them() -> None:
     table = Site("model.embed", "embedding", frozenset({"embed_tokens"}), "node", "w", (64, 32))
     for value in ("int8", "int4", {"*": "int8"}):
         (left,) = Policy.parse(value).decide([table], CPU)
-        assert left.scheme is None and left.wanted is None and "name 'model.embed' or 'embed_tokens' in a rule" in (left.reason or "")
+        assert left.scheme is None and left.wanted is None
+        assert "name 'model.embed' or 'embed_tokens' in a rule" in (left.reason or "")
     for value, wanted in (({"embed_tokens": "int8"}, "int8"), ({"model.*": "int4_g32"}, "int4_g32"), ("Q4_K_M", "Q4_K")):
         (packed,) = Policy.parse(value).decide([table], CPU)
         assert packed.scheme == Scheme(get(wanted))
 
 
-@pytest.mark.parametrize("value", ["int8", "int4", {"*": "int8"}, {"lm_head": "int8"}, {"lm_*": "int8"}, {"embed_tokens": "int8"}])
+@pytest.mark.parametrize(
+    "value", ["int8", "int4", {"*": "int8"}, {"lm_head": "int8"}, {"lm_*": "int8"}, {"embed_tokens": "int8"}]
+)
 def test_a_head_and_an_embedding_that_are_one_weight_are_packed_as_one(value: object) -> None:
     by_name = {d.site.name: d for d in Policy.parse(value).decide(decoder(tied=True), CPU)}
     assert by_name["lm_head"].scheme == by_name["model.embed_tokens"].scheme == Scheme(get("int8"))
 
 
 def test_a_tie_to_what_cannot_be_packed_keeps_the_weight() -> None:
-    sites = [linear("head", weight="w"), Site("conv", "other", frozenset(), "node", "w", (8, 8), parameter="w", unsupported="conv1d")]
+    conv = Site("conv", "other", frozenset(), "node", "w", (8, 8), parameter="w", unsupported="conv1d")
+    sites = [linear("head", weight="w"), conv]
     head = Policy.parse("int8").decide([dataclasses.replace(s, parameter="w") for s in sites], CPU)[0]
     assert head.scheme is None and "tied to other 'conv'" in (head.reason or "")
 

@@ -87,8 +87,8 @@ def quantize(
     """Stored planes, in spec order, of a float ``[N, K]`` weight under ``hessian`` ``[K, K]``, the sum of x xᵀ over inputs.
 
     Scales and offsets of a group minimize its squared error weighted by the diagonal of H. Rows are worked on in chunks.
-    Raises :class:`~qcompile.errors.FormatError` for formats with their own quantizer (see :func:`why_not`), :class:`~qcompile.errors.WeightError`, naming ``layer``, when weight or Hessian have NaN or
-    infinite values.
+    Raises :class:`~qcompile.errors.FormatError` for formats with their own quantizer (see :func:`why_not`),
+    :class:`~qcompile.errors.WeightError`, naming ``layer``, when weight or Hessian have NaN or infinite values.
     """
     if (reason := why_not(spec)) is not None:
         raise FormatError(f"{layer}: no rounding by GPTQ, {reason}; compile with rounding='nearest'")
@@ -106,7 +106,7 @@ def quantize(
 def _round_rows(
     spec: FormatSpec, weight: torch.Tensor, curvature: Curvature, cols: int, fixed: Entries
 ) -> dict[str, torch.Tensor]:
-    """Plane entries of float32 rows ``[N, K]``: codes ``[N, cols]``, scales as :func:`~qcompile.formats.search.fit` gives them."""
+    """Plane entries of float32 rows ``[N, K]``: codes ``[N, cols]``, scales as :func:`~.search.fit` gives them."""
     n, k = weight.shape
     group = spec.period or cols
     padded, _ = reference.padded(spec, weight)  # the importance of the padding is 0

@@ -117,7 +117,8 @@ class _Struct:
         """coeff and offset as the products want them, and ``exact_coeff``, which goes with ``exact_gen``."""
         integers = integer_gen(self.spec) if self.scheme.activations == "int8" else None
         unit = integers[0] if integers is not None else 1.0
-        found = {"coeff": self.form.coeff * sympy.Rational(unit), "offset": self.form.offset, "exact_coeff": affine(self.spec).coeff}
+        coeff = self.form.coeff * sympy.Rational(unit)
+        found = {"coeff": coeff, "offset": self.form.offset, "exact_coeff": affine(self.spec).coeff}
         return [f"QC_INLINE vf {name}(const Planes& a, int64_t k) {{ return {factor(self.spec, expr, self.tables)}; }}"
                 for name, expr in found.items()]  # fmt: skip
 
@@ -174,9 +175,8 @@ class _Struct:
         if self.linear is not None:
             step = values[1] - values[0]
             return least, "bytes(w, i)" if step == 1 else f"bytes(w, i) * {step}"
-        if self.spec.code.bits > 4:
-            raise FormatError(f"format {self.spec.name!r}: no int8 product for a table of {len(values)} values; use activations=None")
-        return least, f"lookup_bytes({self.tables.bytes('GEN', [v - least for v in values], 16)}, bytes(w, i))"
+        table = self.tables.bytes("GEN", [v - least for v in values], 16)
+        return least, f"{'lookup_bytes' if self.spec.code.bits <= 4 else 'gather_bytes'}({table}, bytes(w, i))"
 
 
 def _plus(number: int) -> str:

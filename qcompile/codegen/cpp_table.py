@@ -28,7 +28,8 @@ class Tables:
 
     def bytes(self, name: str, values: Sequence[int], length: int) -> str:
         """Name of a table of unsigned bytes, repeated up to ``length``."""
-        return self._define("uint8_t", f"BYTES_{name}", ", ".join(map(str, repeated(values, length))), length)
+        text = ", ".join(map(str, repeated(values, length)))
+        return self._define("uint8_t", f"BYTES_{name}", text, max(length, len(values)))
 
     def _define(self, kind: str, name: str, values: str, length: int) -> str:
         line = f"alignas(64) static const {kind} {name}[{length}] = {{{values}}};"

@@ -13,8 +13,8 @@ from .algebra import Affine, affine, gen_table, integer_gen, linear_gen
 from .scheme import Scheme, activations_of, register_scheme, scheme_of
 from .spec import ALL, ROW, Codebook, FormatSpec, Part, Plane, symbols
 
-__all__ = ["ALL", "ROW", "Affine", "Codebook", "FormatSpec", "Part", "Plane", "REGISTRY", "Scheme", "activations_of", "affine", "find",
-           "gen_table", "get", "integer_gen", "linear_gen", "register_format", "register_scheme", "scheme_of",
+__all__ = ["ALL", "ROW", "Affine", "Codebook", "FormatSpec", "Part", "Plane", "REGISTRY", "Scheme", "activations_of", "affine",
+           "find", "gen_table", "get", "integer_gen", "linear_gen", "register_format", "register_scheme", "scheme_of",
            "symbols"]  # fmt: skip
 
 REGISTRY: dict[str, FormatSpec] = {}

@@ -38,8 +38,8 @@ def affine(spec: FormatSpec) -> Affine:
     except sympy.PolynomialError:
         mixed = [spec.value]
     if mixed or any(code in c.free_symbols for c in poly.coeffs()):
-        raise FormatError(f"format {spec.name!r}: {mixed[0] if mixed else spec.value} mixes codes and scales inside one function or "
-                          "power; write the value as coeff * gen(codes) + offset")  # fmt: skip
+        raise FormatError(f"format {spec.name!r}: {mixed[0] if mixed else spec.value} mixes codes and scales inside one "
+                          "function or power; write the value as coeff * gen(codes) + offset")  # fmt: skip
     terms = {monomial: sympy.factor(c) for monomial, c in poly.terms()}
     constant = terms.pop((0,) * len(poly.gens), sympy.S.Zero)
     coeff = _common(spec, list(terms.values()))
@@ -149,8 +149,8 @@ def levels_of(spec: FormatSpec, expr: sympy.Expr) -> Product:
         names = sorted(s.name for s in factor.free_symbols)
         plane = planes[names[0]]
         if len(names) != 1 or (not plane.is_integer and not factor.is_Symbol):
-            raise FormatError(f"format {spec.name!r}: {expr} is no product of float planes and functions of integer planes, so no "
-                              "quantizer can be derived; give quantizer=")  # fmt: skip
+            raise FormatError(f"format {spec.name!r}: {expr} is no product of float planes and functions of integer planes, so "
+                              "no quantizer can be derived; give quantizer=")  # fmt: skip
         levels.append(Level(plane, plane_table(spec, factor, plane) if plane.is_integer else None))
     levels.sort(key=lambda level: _reach(level.plane), reverse=True)
     return Product(float(number), tuple(levels))

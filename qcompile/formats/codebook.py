@@ -25,7 +25,8 @@ def table4(name: str, book: Codebook, group: int) -> FormatSpec:
 
 
 NF4_DQ = FormatSpec(
-    "nf4_dq", (Plane("d", "f32", 1024, 16), Plane("a", "u8", 64), Plane("q", "u4")), value=d * a * NF4(q), codebooks=(NF4,), shrinks=(),
+    "nf4_dq", (Plane("d", "f32", 1024, 16), Plane("a", "u8", 64), Plane("q", "u4")), value=d * a * NF4(q),
+    codebooks=(NF4,), shrinks=(),
 )  # fmt: skip
 """NF4 with double quantization: the absolute maxima of 256 groups (16 rows × 1024 weights) in 8 bits each, 4.127 bits."""
 

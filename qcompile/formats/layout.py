@@ -106,7 +106,7 @@ def by_plane(spec: FormatSpec, stored: Sequence[torch.Tensor]) -> dict[str, list
 
 
 def check_planes(spec: FormatSpec, planes: Sequence[torch.Tensor], n: int, k: int, layer: str = "weight") -> None:
-    """Raises :class:`LayoutError` unless ``planes`` (stored tensors in spec order) have the shapes and dtypes of an N×K weight."""
+    """Raises :class:`LayoutError` unless ``planes`` (stored, in spec order) have the shapes and dtypes of an N×K weight."""
     if len(planes) != len(spec.part_names):
         raise LayoutError(f"{layer}: format {spec.name} has {len(spec.part_names)} planes, found {len(planes)}")
     wanted: list[tuple[tuple[int, ...], torch.dtype]] = [(spec.part_shape(part, n, k), part.dtype) for part in spec.parts]

@@ -87,8 +87,8 @@ def _checked(spec: FormatSpec, entries: Entries, n: int, k: int) -> Entries:
     for plane in spec.planes:
         found = tuple(entries[plane.name].shape) if plane.name in entries else None
         if found != (shape := spec.entry_shape(plane, n, k)):
-            raise FormatError(f"format {spec.name!r}: its quantizer must give {list(shape)} entries of plane {plane.name!r} for a "
-                              f"[{n}, {k}] weight, found {'none' if found is None else list(found)}")  # fmt: skip
+            raise FormatError(f"format {spec.name!r}: its quantizer must give {list(shape)} entries of plane {plane.name!r} for "
+                              f"a [{n}, {k}] weight, found {'none' if found is None else list(found)}")  # fmt: skip
     return entries
 
 

@@ -51,7 +51,7 @@ class Plane:
         if self.rows < 0 or (self.rows != 1 and self.rows % TILE_N):
             raise FormatError(f"plane {self.name!r}: rows={self.rows}; use 1, a multiple of {TILE_N}, or ALL")
         if self.per < 0 or (self.per == ROW and self.bits < 8):
-            raise FormatError(f"plane {self.name!r}: per={self.per} with {self.bits} bits; entries per row need 8 bits or a float")
+            raise FormatError(f"plane {self.name!r}: per={self.per} with {self.bits} bits; entries per row have 8 bits or more")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise FormatError(f"plane name {self.name!r}: use lower-case letters, digits and _")
 
@@ -166,8 +166,8 @@ class FormatSpec:
         if unknown := calls - {c.name for c in self.codebooks}:
             raise FormatError(f"format {self.name!r}: value calls {sorted(unknown)}, which is not in codebooks=")
         if len(codes := [p.name for p in self.planes if p.is_code]) != 1:
-            raise FormatError(f"format {self.name!r}: exactly one plane holds codes (per=1), found {codes}; codes of 3, 5, 6 or 7 "
-                              "bits are one plane u3, u5, u6 or u7")  # fmt: skip
+            raise FormatError(f"format {self.name!r}: exactly one plane holds codes (per=1), found {codes}; codes of 3, 5, 6 or "
+                              "7 bits are one plane u3, u5, u6 or u7")  # fmt: skip
         if not re.fullmatch(r"\w+", self.name):
             raise FormatError(f"format name {self.name!r}: use letters, digits and _")
 

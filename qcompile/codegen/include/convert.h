@@ -72,6 +72,15 @@ QC_TABLE vi lookup_bytes(const uint8_t* table, vi index) {
 #endif
 }
 
+// The same for tables of any length: reads memory, the last resort.
+static __attribute__((noinline)) vi gather_bytes(const uint8_t* table, vi index) {
+  uint8_t bytes[64];
+  memcpy(bytes, index.p, 64);
+  for (int i = 0; i < 64; ++i) bytes[i] = table[bytes[i]];
+  memcpy(index.p, bytes, 64);
+  return index;
+}
+
 // Widening loads and narrowing stores of sixteen floats --------------------------------------------------------------
 
 // Subnormals go through a normal float and a subtraction, so that they survive flush-to-zero.
