@@ -29,8 +29,8 @@ class _Struct:
         self.scheme, self.spec, self.tables = scheme, scheme.format, Tables()
         spec: FormatSpec = self.spec
         self.form, self.gen = with_folded_factor(spec)
-        self.folded = self.form.coeff != affine(spec).coeff
         self.linear, self.book = linear_gen(spec), codebook_of_gen(spec)
+        self.half = half_factor(self.book) if self.book is not None else None
         self.span = spec.period if spec.period <= LONGEST_SPAN else math.gcd(spec.period, LONGEST_SPAN)
         if self.span % 4:
             raise FormatError(
@@ -133,11 +133,11 @@ class _Struct:
             step, base = self.linear
             text = f"to_float(code(w, i){_plus(int(base))})" if step == 1 and base == int(base) else (
                 f"(to_float(code(w, i)) * {float_literal(step)} + {float_literal(base)})")  # fmt: skip
-        elif self.folded and self.book is not None and self.book.minifloat is not None:
+        elif self.half is not None and self.book is not None and self.book.minifloat is not None:
             mantissa = self.book.minifloat[1]
             mask = 0x8000 | 0x7F << (10 - mantissa)
             text = f"half_lanes(((w.{self.spec.code.name}[i / 4] << (24 - 8 * (i % 4))) >> {14 + mantissa}) & {mask})"
-            exact = minifloat(self.book, "gen(w, i)", half_factor(self.book) or 1.0, lambda c: f"equals(code(w, i), {c})")
+            exact = minifloat(self.book, "gen(w, i)", self.half, lambda c: f"equals(code(w, i), {c})")
         else:
             text = f"gather({self.tables.floats('GEN', values)}, code(w, i))"
         lines = [signature.format("gen", text)]

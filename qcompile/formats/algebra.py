@@ -125,10 +125,12 @@ def codebook_of_gen(spec: FormatSpec) -> Codebook | None:
 
 @dataclass(frozen=True)
 class Level:
-    """One factor of a scale: a plane, and the value of each of its patterns (None: a float plane, which is its own value)."""
+    """One factor of a scale: a plane, the value of each of its patterns (None: a float plane, which is its own value), and
+    the codebook that the values are, if they are just that."""
 
     plane: Plane
     table: torch.Tensor | None
+    book: Codebook | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ def levels_of(spec: FormatSpec, expr: sympy.Expr) -> Product:
         if len(names) != 1 or (not plane.is_integer and not factor.is_Symbol):
             raise FormatError(f"format {spec.name!r}: {expr} is no product of float planes and functions of integer planes, so "
                               "no quantizer can be derived; give quantizer=")  # fmt: skip
-        levels.append(Level(plane, plane_table(spec, factor, plane) if plane.is_integer else None))
+        book = next((b for b in spec.codebooks if factor.is_Function and factor.func.__name__ == b.name), None)
+        levels.append(Level(plane, plane_table(spec, factor, plane) if plane.is_integer else None, book))
     levels.sort(key=lambda level: _reach(level.plane), reverse=True)
     return Product(float(number), tuple(levels))
 

@@ -31,14 +31,44 @@ def nearest_code(spec: FormatSpec, wanted: torch.Tensor) -> torch.Tensor:
     return nearest_entry(gen_table(spec), wanted, book).view(spec.code.entry_dtype)
 
 
+CELLS = 4096
+"""Cells that the range of a table is divided into, to find codes without a search."""
+
+FEW = 4096
+"""Values below which cells are not worth while."""
+
+
 def nearest_entry(table: torch.Tensor, wanted: torch.Tensor, book: Codebook | None = None) -> torch.Tensor:
     """uint8 patterns whose entries of ``table`` (float64, NaN: no value) are nearest to ``wanted`` (float32).
 
     Ties go to the lower value, or for a minifloat ``book`` to the even pattern. Of two patterns of one value the lower wins.
     """
     even = book is not None and book.minifloat is not None
-    borders, patterns = _borders(tuple(table.tolist()), even)
-    return patterns.to(wanted.device)[torch.bucketize(wanted, borders.to(wanted.device), out_int32=True)]
+    key = tuple(table.tolist()), even
+    borders, patterns = (t.to(wanted.device) for t in _borders(*key))
+    if wanted.numel() < FEW or (cells := _border_cells(*key)) is None:
+        return patterns[torch.bucketize(wanted, borders, out_int32=True)]
+    # One look at the border nearest to the cell instead of a binary search: a few times faster.
+    low, width, border_of, below = cells
+    at = wanted.sub(low).div_(width).clamp_(0, CELLS - 1).flatten().int()
+    border, base = border_of.to(wanted.device).index_select(0, at), below.to(wanted.device).index_select(0, at)
+    return patterns.index_select(0, base.add_(wanted.flatten() > border)).view(wanted.shape)
+
+
+@functools.cache
+def _border_cells(table: tuple[float, ...], even: bool) -> tuple[float, float, torch.Tensor, torch.Tensor] | None:
+    """(start, width, border nearest to each cell, how many borders lie below that) of cells over all borders of a table; None
+    where borders lie too close for cells."""
+    borders = _borders(table, even)[0].double()
+    if len(borders) < 2:
+        return None
+    span = float(borders[-1] - borders[0])
+    low, width = float(borders[0]) - span / 8, 1.25 * span / CELLS
+    if float(borders.diff().min()) < 4 * width:
+        return None
+    middles = low + (torch.arange(CELLS, dtype=torch.float64) + 0.5) * width
+    nearest = (middles[:, None] - borders[None, :]).abs().argmin(1)
+    return low, width, borders[nearest].to(torch.float32), nearest.to(torch.int32)
 
 
 @functools.cache
@@ -68,10 +98,6 @@ def gen_values(spec: FormatSpec, codes: torch.Tensor) -> torch.Tensor:
         return wide.add_(base) if base else wide
     table = gen_table(spec).to(torch.float32).to(codes.device)
     return table.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
-
-
-CELLS = 4096
-"""Cells that :func:`nearest_gen` divides the range of a table into."""
 
 
 def nearest_gen(spec: FormatSpec, wanted: torch.Tensor) -> torch.Tensor:

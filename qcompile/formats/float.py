@@ -54,7 +54,7 @@ MXFP4 = FormatSpec(
 
 NVFP4 = FormatSpec(
     "nvfp4", (Plane("top", "f32", ROW, ALL), Plane("s", "u8", 16), Plane("q", "u4")), value=top * E4M3(s) * E2M1(q),
-    codebooks=(E4M3, E2M1),
+    codebooks=(E4M3, E2M1), shrinks=(1.15, 1.0, 0.85),
 )  # fmt: skip
 """e2m1 with an e4m3 scale for 16 weights and one float32 scale for the tensor (NVIDIA, Blackwell), 4.5 bits."""
 

@@ -10,10 +10,10 @@ from ..errors import FormatError, WeightError
 from .algebra import affine, torch_function
 from .codes import gen_values, nearest_code
 from .layout import by_plane, check_planes, pack_plane, unpack_plane
-from .search import Entries, fit, whole_tensor
+from .search import Entries, fit, inverted, whole_tensor
 from .spec import ALL, ROW, TILE_N, FormatSpec
 
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 20
 """Weights quantized at a time, so that float32 working memory is a few megabytes and stays in the processor's caches."""
 
 
@@ -111,7 +111,7 @@ def codes_of(
     n, k = weight.shape
     groups = weight.view(n, -1, spec.period or k)
     wanted = groups - offset.unsqueeze(-1) if offset is not None else groups
-    inverse = torch.where(scale != 0, 1 / scale, 0.0)
+    inverse = inverted(scale)
     return nearest_code(spec, wanted * inverse.unsqueeze(-1)).view(n, k)
 
 

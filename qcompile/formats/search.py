@@ -86,6 +86,11 @@ def _coarseness(spec: FormatSpec) -> float:
     return float((values[1:] / values[:-1]).median()) if len(values) > 1 else 1.0
 
 
+def inverted(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale, and 0 where that is no number."""
+    return torch.where(scale.abs() >= torch.finfo(torch.float32).tiny, 1 / scale, 0.0)
+
+
 def whole_tensor(spec: FormatSpec, low: float, high: float) -> Entries:
     """Entries of the planes that a whole tensor shares, for weights from ``low`` to ``high``: the smallest values that
     let every group's scale be stored."""
@@ -186,7 +191,7 @@ def _signed(xmin: torch.Tensor, xmax: torch.Tensor, extreme: float) -> tuple[tor
 
 
 def _gen(spec: FormatSpec, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    inverse = torch.where(scale != 0, 1 / scale, 0.0)
+    inverse = inverted(scale)
     wanted = torch.addcmul(-offset * inverse, x, inverse) if isinstance(offset, torch.Tensor) else x * inverse
     return nearest_gen(spec, wanted)
 
@@ -302,11 +307,15 @@ class _Storage:
         if level.table is None:
             dtype = level.plane.entry_dtype
             return wanted.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+        if level.book is not None and level.book.cast is not None:
+            return wanted.clamp(*finite_range(level.table)).to(level.book.cast).view(level.plane.entry_dtype)
         return nearest_entry(level.table, wanted).view(level.plane.entry_dtype)
 
     def _value(self, level: Level, entry: torch.Tensor) -> torch.Tensor:
         if level.table is None:
             return entry.to(torch.float32)
+        if level.book is not None and level.book.cast is not None:
+            return entry.view(level.book.cast).to(torch.float32)
         return level.table.to(torch.float32).to(entry.device)[entry.view(torch.uint8).int()]
 
     def _spread(self, value: torch.Tensor, plane: Plane) -> torch.Tensor:

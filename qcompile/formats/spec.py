@@ -51,7 +51,8 @@ class Plane:
         if self.rows < 0 or (self.rows != 1 and self.rows % TILE_N):
             raise FormatError(f"plane {self.name!r}: rows={self.rows}; use 1, a multiple of {TILE_N}, or ALL")
         if self.per < 0 or (self.per == ROW and self.bits < 8):
-            raise FormatError(f"plane {self.name!r}: per={self.per} with {self.bits} bits; entries per row have 8 bits or more")
+            raise FormatError(f"plane {self.name!r}: per={self.per} with {self.bits} bits; entries per row need 8 bits or a "
+                              "float")  # fmt: skip
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise FormatError(f"plane name {self.name!r}: use lower-case letters, digits and _")
 
