@@ -6,7 +6,6 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -25,19 +24,11 @@ from qcompile.formats.scheme import activations_of
 
 SPECS = list(formats.REGISTRY.values())
 each_format = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODULES = [importlib.import_module(f"qcompile.formats.{name}") for name in ("integer", "float", "codebook", "gguf")]
 DOCUMENT = Path(__file__).parents[1] / "docs" / "formats.md"
 INTEGERS = ["u1", "u2", "u3", "u4", "u5", "u6", "u7", "u8", "i8"]
 q, scale, zero = symbols("q scale zero")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: waiting for a second thread takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def one_plane(dtype: str, per: int = 1, rows: int = 1) -> FormatSpec:

@@ -1,6 +1,5 @@
 """Bytes of GGUF tensors: decoded bit for bit as gguf-py does, and got back from planes unchanged."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -15,17 +14,9 @@ from qcompile.errors import LayoutError, UnknownFormatError
 from qcompile.formats import reference
 
 DATA = Path(__file__).parent / "data"
+pytestmark = pytest.mark.usefixtures("one_thread")
 each_type = pytest.mark.parametrize("name", BLOCKS)
 SHAPES = [(1, 256), (37, 1024)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: waiting for a second thread takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random_bytes(name: str, n: int, k: int) -> torch.Tensor:

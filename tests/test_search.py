@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from qcompile.formats.float import E4M3, E8M0
 from qcompile.formats.layout import by_plane, unpack_plane
 from qcompile.formats.search import fit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = Path(__file__).parent / "data"
 LLAMA = json.loads((DATA / "llama_cpp_errors.json").read_text())
 SPECS = list(formats.REGISTRY.values())
@@ -28,15 +28,6 @@ ONE_LEVEL = [s for s in SPECS if all(not p.is_integer for p in s.scales)]
 """Formats whose scales are stored as they are found: what holds for the ideal scales holds for the stored ones."""
 
 q, scale, zero, d, sc, s = symbols("q scale zero d sc s")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: waiting for a second thread takes longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def gaussian(n: int, k: int, seed: int = 0) -> torch.Tensor:
