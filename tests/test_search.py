@@ -287,3 +287,13 @@ def test_zero_points_are_integers(name: str, shift: float) -> None:
     grouped = torch.cat([weight.view(24, 2, 128), torch.zeros(24, 2, 1)], -1)
     step = (grouped.amax(-1) - grouped.amin(-1)) / (2**bits - 1)
     assert ((decoded - weight).view(24, 2, 128).square().mean(-1).sqrt() <= 0.75 * step).all()
+
+
+def test_clipping_is_an_option_for_eight_bits() -> None:
+    plain = formats.get("int8_g64")
+    clipped = dataclasses.replace(plain, name="int8_clipped_g64", shrinks=(1.0, 0.9, 0.8, 0.7))
+    weight = gaussian(64, 512) ** 3  # heavy tails
+    errors = []
+    for spec in (plain, clipped):
+        errors.append(float((reference.decode(spec, reference.quantize(spec, weight), 64, 512) - weight).norm()))
+    assert errors[1] < errors[0]  # by little: with 255 steps, the outliers that clipping costs weigh about as much
