@@ -17,7 +17,8 @@ from ..formats import ALL, FormatSpec, affine, reference
 from ..formats.algebra import levels_of
 from ..formats.codes import gen_values, nearest_code
 from ..formats.layout import pack_plane
-from ..formats.search import Entries, fit
+from ..formats.search import fit
+from ..formats.storage import Entries
 
 DAMPING = 0.01
 """Share of the mean diagonal of H that is added to it (the paper's value)."""

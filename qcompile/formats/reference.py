@@ -10,8 +10,9 @@ from ..errors import FormatError, WeightError
 from .algebra import affine, torch_function
 from .codes import gen_values, nearest_code
 from .layout import by_plane, check_planes, pack_plane, unpack_plane
-from .search import Entries, fit, inverted, whole_tensor
+from .search import fit, inverted, whole_tensor
 from .spec import ALL, ROW, TILE_N, FormatSpec
+from .storage import Entries
 
 CHUNK_ELEMENTS = 1 << 20
 """Weights quantized at a time, so that float32 working memory is a few megabytes and stays in the processor's caches."""

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .algebra import Level, Product, affine, finite_range, gen_table, levels_of, zero_points
-from .codes import nearest_entry, nearest_gen
-from .spec import ALL, ROW, FormatSpec, Plane
+from .algebra import affine, finite_range, gen_table, levels_of
+from .codes import nearest_gen
+from .spec import ALL, ROW, FormatSpec
+from .storage import Entries, Storage, largest
 
 STEPS = (1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0)
 """Steps of the code by which a group's range is made longer or shorter for a try: clipping a few outliers narrows all
@@ -27,7 +28,6 @@ SEARCHED_BITS = 6
 COARSE = 1.25
 """… unless scales are further apart than this: rounded down (powers of two, by up to a third), one cuts off outliers."""
 
-Entries = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def fit(
     x = _by_group(weight, group)
     w = None if importance is None else _by_group(importance.expand(n, k), group)
     form = affine(spec)
-    scales = _Storage(spec, form.coeff, dict(fixed or {}), n, k // group)
-    offsets = _Storage(spec, form.offset, scales.entries, n, k // group) if form.offset != 0 else None
+    scales = Storage(spec, form.coeff, dict(fixed or {}), n, k // group)
+    offsets = Storage(spec, form.offset, scales.entries, n, k // group) if form.offset != 0 else None
     ideal = _search(spec, x, w, scales, offsets, _shares(spec) if shrinks is None else shrinks)
     scale = scales.store(ideal[0].view(n, -1))
     offset = offsets.store(ideal[1].view(n, -1), scale) if offsets is not None else None
@@ -100,7 +100,7 @@ def whole_tensor(spec: FormatSpec, low: float, high: float) -> Entries:
         if level.plane.rows == ALL and level.plane.per == ROW and level.table is None:
             table_low, table_high = finite_range(gen_table(spec))
             reach = max(high / table_high, low / table_low if table_low < 0 else 0.0) / abs(product.number)
-            value = torch.tensor([[reach / _largest(product.levels[at + 1 :])]], dtype=torch.float64)
+            value = torch.tensor([[reach / largest(product.levels[at + 1 :])]], dtype=torch.float64)
             found[level.plane.name] = torch.where(value > 0, value, 1.0).to(level.plane.entry_dtype)
     return found
 
@@ -130,7 +130,7 @@ class _Sums:
 
 
 def _search(
-    spec: FormatSpec, x: torch.Tensor, w: torch.Tensor | None, scales: _Storage, offsets: _Storage | None,
+    spec: FormatSpec, x: torch.Tensor, w: torch.Tensor | None, scales: Storage, offsets: Storage | None,
     shrinks: tuple[float, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Best scale and offset of each group of ``x`` ``[group, groups]``: min–max, or what least squares make of a candidate."""
@@ -174,7 +174,7 @@ def _min_max(
 
 
 def _whole_steps(
-    xmin: torch.Tensor, xmax: torch.Tensor, low: float, high: float, offsets: _Storage
+    xmin: torch.Tensor, xmax: torch.Tensor, low: float, high: float, offsets: Storage
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest scale, and an offset of a zero point times that scale, with which the codes reach both ends of a group."""
     scale, offset = _min_max(xmin, xmax, low, high, 0, True)
@@ -197,7 +197,7 @@ def _gen(spec: FormatSpec, x: torch.Tensor, scale: torch.Tensor, offset: torch.T
 
 
 def _rounded(
-    scales: _Storage, offsets: _Storage | None, scale: torch.Tensor, offset: torch.Tensor
+    scales: Storage, offsets: Storage | None, scale: torch.Tensor, offset: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and offset as they would be read back, where one plane stores them alone."""
     scale = scales.rounded(scale)
@@ -207,8 +207,8 @@ def _rounded(
 
 
 def _least_squares(
-    x: torch.Tensor, w: torch.Tensor | None, sums: _Sums, gen: torch.Tensor, offset: bool, sign: int, scales: _Storage,
-    offsets: _Storage | None, given: tuple[torch.Tensor, torch.Tensor] | None,
+    x: torch.Tensor, w: torch.Tensor | None, sums: _Sums, gen: torch.Tensor, offset: bool, sign: int, scales: Storage,
+    offsets: Storage | None, given: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:  # fmt: skip
     """Scale s and offset o (or the ``given`` ones) that minimize e = Σ w·(x − s·gen − o)² for codes ``gen``, and e.
 
@@ -243,105 +243,3 @@ def _least_squares(
 
 def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(b > 1e-30, a / b, torch.nan)
-
-
-# Storing -------------------------------------------------------------------------------------------------------------
-
-
-class _Storage:
-    """Stores coeff or offset of every group in the planes of its product; ``entries`` collects them."""
-
-    def __init__(self, spec: FormatSpec, expr: object, entries: Entries, n: int, groups: int) -> None:
-        self.spec, self.n, self.groups, self.entries = spec, n, groups, entries
-        self.product: Product = levels_of(spec, expr)
-        self.open = [level for level in self.product.levels if level.plane.name not in entries]
-        tables = [level.table for level in self.product.levels if level.table is not None]
-        positive = all(finite_range(t)[0] >= 0 for t in tables)
-        self.either_sign = any(
-            self._block(level.plane) == (1, 1) and (level.table is None or min(finite_range(level.table)) < 0)
-            for level in self.open
-        )
-        """Whether each group has a sign of its own."""
-        self.sign = (1 if self.product.number > 0 else -1) if tables and positive else 0
-        """The sign that stored values have, if integer planes that are never negative decide it; else 0."""
-        self.steps = zero_points(spec) if expr == affine(spec).offset else None
-        """Values that offset / scale can have (:func:`~qcompile.formats.algebra.zero_points`)."""
-
-    def step(self, ratio: torch.Tensor) -> torch.Tensor:
-        """The one of ``steps`` that is nearest to ``ratio`` = offset / scale."""
-        assert self.steps is not None
-        return self.steps.to(torch.float32).to(ratio.device)[nearest_entry(self.steps, ratio).int()]
-
-    def rounded(self, value: torch.Tensor) -> torch.Tensor:
-        """``value`` ``[n·groups]`` as it would be read back, if exactly one plane is still open and each group has an entry."""
-        if len(self.open) != 1 or self._block(self.open[0].plane) != (1, 1) or any(
-            level.plane.name in self.entries and level.plane.rows != ALL for level in self.product.levels
-        ):
-            return value
-        known = self.product.number
-        for level in self.product.levels:
-            if level.plane.name in self.entries:
-                known = known * float(self._value(level, self.entries[level.plane.name]))
-        return self._value(self.open[0], self._entry(self.open[0], value / known)) * known
-
-    def store(self, ideal: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Factors ``ideal`` ``[n, groups]`` into entries, coarsest plane first; returns what they stand for."""
-        rest, actual = ideal / self.product.number, torch.full_like(ideal, self.product.number)
-        for at, level in enumerate(self.product.levels):
-            name, finer = level.plane.name, self.product.levels[at + 1 :]
-            if name not in self.entries:
-                reduced = _extreme(rest, *self._block(level.plane))
-                if finer:
-                    reduced = reduced / _largest(finer)
-                self.entries[name] = self._entry(level, reduced)
-            value = self._spread(self._value(level, self.entries[name]), level.plane)
-            rest = torch.where(value != 0, rest / value, 0.0)
-            actual = actual * value
-        return actual
-
-    def _block(self, plane: Plane) -> tuple[int, int]:
-        """(rows, groups) that share an entry of ``plane``."""
-        return plane.rows or self.n, plane.per // self.spec.period if plane.per else self.groups
-
-    def _entry(self, level: Level, wanted: torch.Tensor) -> torch.Tensor:
-        if level.table is None:
-            dtype = level.plane.entry_dtype
-            return wanted.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
-        if level.book is not None and level.book.cast is not None:
-            return wanted.clamp(*finite_range(level.table)).to(level.book.cast).view(level.plane.entry_dtype)
-        return nearest_entry(level.table, wanted).view(level.plane.entry_dtype)
-
-    def _value(self, level: Level, entry: torch.Tensor) -> torch.Tensor:
-        if level.table is None:
-            return entry.to(torch.float32)
-        if level.book is not None and level.book.cast is not None:
-            return entry.view(level.book.cast).to(torch.float32)
-        return level.table.to(torch.float32).to(entry.device)[entry.view(torch.uint8).int()]
-
-    def _spread(self, value: torch.Tensor, plane: Plane) -> torch.Tensor:
-        """``[rows, entries]`` → ``[n, groups]``."""
-        rows, groups = self._block(plane)
-        return value.repeat_interleave(rows, 0)[: self.n].repeat_interleave(groups, 1)
-
-
-def _largest(levels: tuple[Level, ...]) -> float:
-    """The value of largest magnitude, with its sign, of a product of integer planes; 1 for float planes."""
-    result = 1.0
-    for level in levels:
-        if level.table is not None:
-            low, high = finite_range(level.table)
-            result *= low if -low > high else high
-    return result
-
-
-def _extreme(values: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
-    """Of every block of ``rows`` × ``groups`` of ``[n, groups]`` the value of largest magnitude: ``[⌈n/rows⌉, blocks]``."""
-    n, count = values.shape
-    if rows == groups == 1:
-        return values
-    blocks = -(-n // rows)
-    padded = torch.cat([values, values[-1:].expand(blocks * rows - n, count)]) if blocks * rows != n else values
-    split = padded.view(blocks, rows, count // groups, groups).transpose(1, 2).flatten(2)
-    low, high = split.amin(-1), split.amax(-1)
-    return torch.where(-low > high, low, high)
-
