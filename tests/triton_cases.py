@@ -8,7 +8,7 @@ import re
 import sympy
 import torch
 
-from qcompile.formats import ALL, REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, symbols
+from qcompile.formats import ALL, BUILT_IN, REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, symbols
 from qcompile.formats.algebra import gen_table
 from qcompile.formats.float import E4M3, E8M0
 from qcompile.formats.scheme import activations_of
@@ -84,7 +84,7 @@ def kind(spec: FormatSpec) -> tuple[object, ...]:
 def representatives() -> list[FormatSpec]:
     """The first format of each kind, with the largest group of 32 to 128 where one name has several, and int4 in each."""
     found: dict[tuple[object, ...], FormatSpec] = {}
-    for spec in REGISTRY.values():
+    for spec in BUILT_IN:
         if not spec.permuted and (kind(spec) not in found or spec.name.endswith("g128")):
             found[kind(spec)] = spec
     return [*found.values(), *(REGISTRY[f"int4_g{group}"] for group in (32, 64))]

@@ -13,7 +13,8 @@ from .algebra import Affine, affine, gen_table, integer_gen, linear_gen
 from .scheme import Scheme, activations_of, register_scheme, scheme_of
 from .spec import ALL, ROW, Codebook, FormatSpec, Part, Plane, symbols
 
-__all__ = ["ALL", "ROW", "Affine", "Codebook", "FormatSpec", "Part", "Plane", "REGISTRY", "Scheme", "activations_of", "affine",
+__all__ = ["ALL", "BUILT_IN", "ROW", "Affine", "Codebook", "FormatSpec", "Part", "Plane",
+           "REGISTRY", "Scheme", "activations_of", "affine",
            "find", "gen_table", "get", "integer_gen", "linear_gen", "register_format", "register_scheme", "scheme_of",
            "symbols"]  # fmt: skip
 
@@ -56,5 +57,8 @@ def get(name: str) -> FormatSpec:
     return spec
 
 
-for _spec in (*_integer.FORMATS, *_float.FORMATS, *_codebook.FORMATS, *_gguf.FORMATS):
+BUILT_IN = (*_integer.FORMATS, *_float.FORMATS, *_codebook.FORMATS, *_gguf.FORMATS)
+"""The formats declared here; the registry also holds users' and those of families that were asked for."""
+
+for _spec in BUILT_IN:
     register_format(_spec)
