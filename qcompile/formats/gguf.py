@@ -41,7 +41,7 @@ FORMATS = (
     k_quant("Q4_K", 4, 32, 6),
     k_quant("Q5_K", 5, 32, 6),
     signed_k_quant("Q6_K", Plane("sc", "i8", 16), Plane("q", "u6")),
-    FormatSpec("IQ4_NL", (Plane("d", "f16", 32), Plane("q", "u4")), value=d * IQ4(q), codebooks=(IQ4,)),
-    FormatSpec("IQ4_XS", (Plane("d", "f16", 256), Plane("sc", "u6", 32), Plane("q", "u4")), value=d * (sc - 32) * IQ4(q),
-               codebooks=(IQ4,)),
+    FormatSpec("IQ4_NL", (Plane("d", "f16", 32), Plane("q", "u4")), d * IQ4(q), (IQ4,), shrinks=(1.07, 1.0, 0.95, 0.9)),
+    FormatSpec("IQ4_XS", (Plane("d", "f16", 256), Plane("sc", "u6", 32), Plane("q", "u4")), d * (sc - 32) * IQ4(q), (IQ4,),
+               shrinks=(1.07, 1.0, 0.95, 0.9)),
 )  # fmt: skip

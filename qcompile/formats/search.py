@@ -150,8 +150,8 @@ def _search(
     # The least weight keeps its code; the other end moves.
     hold = low if offsets is not None else 0.0
     candidates = [(starts[0] * f, starts[1] + starts[0] * ((1 - f) * hold)) for f in shrinks]
-    for turn in range(len(candidates) + 2):
-        # In the end again from the best; a candidate is rounded first, so that its codes are those of what is stored.
+    for turn in range(len(candidates) + 1):
+        # In the end once more from the best; a candidate is rounded first, so that its codes are those of what is stored.
         at = best if turn >= len(candidates) else _rounded(scales, offsets, *candidates[turn])
         found, error = _least_squares(x, w, sums, _gen(spec, x, *at), offsets is not None, sign, scales, offsets, None)
         better = error < least
