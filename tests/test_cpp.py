@@ -86,7 +86,7 @@ def as_multiplied(x: torch.Tensor, activations: str | None) -> torch.Tensor:
 
 
 def rounded_to_bf16(spec: FormatSpec, planes: list[torch.Tensor], n: int, k: int) -> list[torch.Tensor]:
-    """float64 [N, K] of what a panel in bf16 may multiply: the weights rounded, or, where scale and zero are of whole rows and
+    """float64 [N, K] of what kernels in bf16 may multiply: the weights rounded, or, where scale and zero are of whole rows and
     wait for the sum, only what the codes stand for."""
     books = tuple(replace(b, values=tuple(torch.tensor(b.values).bfloat16().tolist())) for b in spec.codebooks)
     return [
@@ -110,7 +110,7 @@ def check_linear(
     y = kernels.linear(x, planes, bias, n)
     assert y.shape == (rows, n) and y.dtype == dtype
     wide = as_multiplied(x, scheme.activations)
-    in_bf16 = variant(kernels, rows, dtype) == "panel_bf16" and dtype == torch.bfloat16
+    in_bf16 = variant(kernels, rows, dtype).endswith("_bf16") and dtype == torch.bfloat16
     worst = []
     for multiplied in [weight, *(rounded_to_bf16(scheme.format, planes, n, k) if in_bf16 else [])]:
         expected = wide @ multiplied.T + (0 if bias is None else bias.double())

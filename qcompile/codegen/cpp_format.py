@@ -7,7 +7,7 @@ import math
 import sympy
 
 from ..errors import FormatError
-from ..formats.algebra import affine, codebook_of_gen, integer_gen, linear_gen
+from ..formats.algebra import affine, codebook_of_gen, gen_table, integer_gen, linear_gen
 from ..formats.scheme import Scheme
 from ..formats.spec import FormatSpec
 from .cpp_expr import float_literal
@@ -144,6 +144,9 @@ class _Struct:
         if self.spec.code.bits <= 4:
             table = self.tables.floats("GEN", values, 16)
             found = signature.format("gen", f"lookup({table}, index(w, i))")
+            if self.linear is None and self.half is None:
+                true = self.tables.floats("EXACT_GEN", gen_table(self.spec).tolist(), 16)
+                exact = f"lookup({true}, index(w, i))"
             lines = ["#if QC_REGISTER_TABLES", found, "#else", *lines, "#endif"] if self.linear is not None else [found]
         return [*lines, signature.format("exact_gen", exact or "gen(w, i)")]
 

@@ -4,13 +4,15 @@ namespace {
 enum Kernel { ROWS_F32, ROWS_BF16, ROWS_INT8, PANEL_F32, PANEL_BF16, PANEL_INT8 };
 
 // Products of bf16 pairs are exact, so they serve bf16 inputs, and e4m3 ones, whenever the codes are exact in bf16.
-// Weights are rounded to bf16 only for bf16 inputs, and only where many rows make arithmetic the bound.
+// Values of codes are rounded to bf16 only for bf16 inputs, and only where enough rows make arithmetic the bound.
+constexpr int64_t BOUND_BY_ARITHMETIC = 4;
+
 template <class F>
 constexpr Kernel kernel_of(int64_t m, int dtype) {
   const bool few = m <= most_rows<F>();
   if (F::ACTIVATIONS == INT8) return few ? ROWS_INT8 : PANEL_INT8;
   const bool narrow = QC_BF16 && (F::ACTIVATIONS == FP8 || dtype == BFLOAT16);
-  if (few) return narrow && F::BF16_EXACT ? ROWS_BF16 : ROWS_F32;
+  if (few) return narrow && (F::BF16_EXACT || (dtype == BFLOAT16 && m >= BOUND_BY_ARITHMETIC)) ? ROWS_BF16 : ROWS_F32;
   return narrow && (dtype == BFLOAT16 || !rounds<F>()) ? PANEL_BF16 : PANEL_F32;
 }
 

@@ -3,10 +3,12 @@ namespace {
 
 constexpr int AHEAD = 8192;  // bytes of codes: hardware alone does not look far enough past a page and a tile
 
-// Independent sums for a row of x, so that the latency of an addition is hidden.
-constexpr int chains(int rows, int steps) {
+// Independent sums for a row of x, so that the latency of an addition is hidden. They are added up after every span:
+// short spans overlap each other and need few.
+constexpr int chains(int rows, int steps, int64_t dots_of_span) {
   const int wanted = rows == 1 ? 8 : rows <= 4 ? 4 : rows <= 8 ? 2 : 1;
-  return QC_BYTES < 64 ? 1 + (rows == 1) : wanted < steps ? wanted : steps;
+  const int worth = dots_of_span && dots_of_span < 8 * wanted ? (int)(dots_of_span / 8 + 1) : wanted;
+  return QC_BYTES < 64 ? 1 + (rows == 1) : worth < steps ? worth : steps;
 }
 
 template <class F, class D, int MR, int CH>
@@ -31,7 +33,7 @@ QC_INLINE vf as_float(vi a) { return to_float(a); }
 // Sixteen outputs of MR rows: Σ over spans of coeff * Σ x*gen + offset * Σ x.
 template <class F, class D, int MR>
 QC_INLINE void row_tile(const Job& job, const typename F::Planes& a, int64_t t) {
-  constexpr int CH = chains(MR, F::BLOCK / D::K);
+  constexpr int CH = chains(MR, F::BLOCK / D::K, F::SPAN / D::K);
   const int32_t* x = job.x;
   int64_t row[MR];
   vf total[MR];
