@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .machine import save
 
-QUESTIONS = ("linear", "formats", "model", "memory", "accuracy")
+QUESTIONS = ("linear", "formats", "attention", "model", "memory", "accuracy")
 
 app = typer.Typer(add_completion=False)
 

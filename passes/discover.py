@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from qcompile.plan import Site
 
+from .attention import read
 from .roles import Roles, find_roles
 from .sites import Attention, Embedding, Graph, Linear, find_attention, projections
 from .trace import Inputs, Operand, ancestors, example, module_name, op_name, operand, resolve, sizes
@@ -34,9 +35,8 @@ def discover(gm: torch.fx.GraphModule, example_inputs: Iterable[object], names: 
     uses of a weight by one operator of one module (a layer that is called again and again) are one site.
     Neither the graph nor a tensor is kept or changed.
     """
-    inputs = Inputs.of(gm, example_inputs, lambda t: isinstance(t, nn.Parameter) or names(t) is not None)
-    qualified = {node: names(t) or _attribute_name(node) for node, t in inputs.parameters.items()}
-    graph = _graph(list(gm.graph.nodes), inputs, qualified)
+    graph, qualified = _read(gm, example_inputs, names)
+    inputs = graph.inputs
     attentions = find_attention(graph)
     roles = find_roles(graph, attentions)
     found: dict[Node, list[Site]] = defaultdict(list)
@@ -47,6 +47,18 @@ def discover(gm: torch.fx.GraphModule, example_inputs: Iterable[object], names: 
     for node, site in (*_sites_without_weight(graph, attentions), *_attention_sites(graph, attentions)):
         found[node].append(site)
     return [site for node in graph.nodes for site in found[node]]
+
+
+def _read(gm: torch.fx.GraphModule, example_inputs: Iterable[object], names: Names) -> tuple[Graph, dict[Node, str | None]]:
+    inputs = Inputs.of(gm, example_inputs, lambda t: isinstance(t, nn.Parameter) or names(t) is not None)
+    qualified = {node: names(t) or _attribute_name(node) for node, t in inputs.parameters.items()}
+    return _graph(list(gm.graph.nodes), inputs, qualified), qualified
+
+
+def attention_of(gm: torch.fx.GraphModule, example_inputs: Iterable[object], names: Names) -> list[tuple[Attention, str]]:
+    """Every attention of ``gm`` with the name of its site."""
+    graph, _ = _read(gm, example_inputs, names)
+    return list(named_attention(graph, find_attention(graph)))
 
 
 def _graph(nodes: list[Node], inputs: Inputs, qualified: dict[Node, str | None]) -> Graph:
@@ -173,17 +185,24 @@ def _holds_weight(node: Node, graph: Graph) -> bool:
     return any(resolve(n, graph.inputs.parameters).parameter is not None for n in node.all_input_nodes)
 
 
-def _attention_sites(graph: Graph, attentions: list[Attention]) -> Placed:
-    """One site for each module that attends, named after what holds the projections of q, k and v."""
-    named: set[str] = set()
+def named_attention(graph: Graph, attentions: list[Attention]) -> Iterator[tuple[Attention, str]]:
+    """Every attention with the name of its site: the module that holds the projections of q, k and v."""
     for attention in attentions:
         sources = set().union(*projections(attention, graph, attentions))
         owners = [graph.linears[n].name.split(".")[:-1] for n in sources]
         common = ".".join(os.path.commonprefix(owners)) if owners else ""
-        name = common or module_name(attention.node) or attention.node.name
+        yield attention, common or module_name(attention.node) or attention.node.name
+
+
+def _attention_sites(graph: Graph, attentions: list[Attention]) -> Placed:
+    """One site for each module that attends, named after what holds the projections of q, k and v."""
+    named: set[str] = set()
+    for attention, name in named_attention(graph, attentions):
         if name not in named:
             shape, dtype = sizes(example(attention.q if isinstance(attention.q, Node) else attention.node))
-            yield attention.node, Site(name, "attention", node=attention.node.name, shape=shape, dtype=dtype)
+            call = read(attention)
+            reason = call if isinstance(call, str) else None
+            yield attention.node, Site(name, "attention", node=attention.node.name, shape=shape, dtype=dtype, unsupported=reason)
         named.add(name)
 
 

@@ -19,12 +19,15 @@ from qcompile.policy import check_rules
 from qcompile.recorder import Recorder, recorder_of
 from qcompile.tensor import QuantizedTensor
 
+from .attention import rewrite
 from .calibrate import GPTQ, UNSEEN, Weight, rounded
 from .convert import Conversion
-from .discover import discover
+from .discover import attention_of, discover
 from .siblings import siblings
 
 GRAD = "the weight requires grad in grad mode; call under torch.no_grad(), or model.requires_grad_(False)"
+
+ATTENTION_GRAD = "attention in low precision has no backward; call under torch.no_grad()"
 
 TABLE = "rows of an embedding are to change least themselves"
 
@@ -54,7 +57,8 @@ class Compilation:
         self.root = self.owners.root(self.parameters[0]) if self.parameters else None
         self.recorder = recorder or recorder_of(self.root)
         self.sites = discover(gm, example_inputs, self.owners.name)
-        self.target = target.of(_device(self.values.values()))
+        self.device = _device(self.values.values())
+        self.target = target.of(self.device)
 
     def conversions(self) -> list[Conversion]:
         """Records every site, and returns the weights to pack, each once: those of this graph, then of its siblings.
@@ -79,6 +83,13 @@ class Compilation:
             self.recorder.plan.require_all()
         return list(found.values())
 
+    def lower_attention(self) -> int:
+        """Exchanges the attention nodes that the policy has a scheme for; returns how many."""
+        records = [self.recorder.find(s) for s in self.sites if s.operator == "attention"]
+        decisions = [r.decision for r in records if r is not None]
+        schemes = {d.site.name: d.scheme for d in decisions if d.scheme is not None}
+        return rewrite(attention_of(self.gm, self.example_inputs, self.owners.name), schemes) if schemes else 0
+
     def _decide(self, sites: list[Site], found: dict[int, Conversion]) -> None:
         """Asks the policy about float ``sites``; adds to ``found``, by parameter, what it wants packed."""
         names = [name for name, _ in self.root.named_modules()] if self.root is not None else ()
@@ -87,7 +98,9 @@ class Compilation:
             parameter = slots[0].get() if slots else None
             if isinstance(parameter, QuantizedTensor):
                 continue
-            self.recorder.add(Record.of(decision))  # a conversion will replace it by what it measured
+            runs = decision.scheme is not None and decision.site.operator == "attention"
+            kernel = kernel_name(decision.scheme, self.device) if runs else None  # type: ignore[arg-type]
+            self.recorder.add(Record.of(decision, kernel))  # a conversion will replace it by what it measured
             if decision.scheme is None or parameter is None:
                 continue
             done = _recording(self.recorder, decision, self.rounding)
@@ -115,6 +128,8 @@ class Compilation:
 
     def _restricted(self, site: Site) -> Site:
         """``site`` with the reason, if there is one, why its weight cannot be exchanged."""
+        if site.operator == "attention" and site.unsupported is None and self._needs_grad():
+            return dataclasses.replace(site, unsupported=ATTENTION_GRAD)
         value = self.values.get(site.weight) if site.weight else None
         if site.unsupported is not None or not isinstance(value, torch.Tensor):
             return site
@@ -126,6 +141,10 @@ class Compilation:
         elif value.requires_grad and torch.is_grad_enabled():
             reason = GRAD
         return dataclasses.replace(site, unsupported=reason)
+
+    def _needs_grad(self) -> bool:
+        tensors = (v for v in self.values.values() if isinstance(v, torch.Tensor))
+        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     def _is_packed(self, site: Site) -> bool:
         return site.weight is not None and isinstance(self.values.get(site.weight), QuantizedTensor)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import explain, quantize_
     from .formats import ROW, Codebook, FormatSpec, Plane, Scheme, register_format, symbols
+    from .kv_cache import KVCache, PagedKVCache
     from .passes.convert import restore_
     from .plan import Plan
     from .policy import Policy
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
-    "QuantizedTensor": "tensor",
+    "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
-__all__ = ["ROW", "Codebook", "FormatSpec", "Plan", "Plane", "Policy", "QuantizedTensor", "Scheme", "explain", "quantize_",
-           "register_format", "restore_", "symbols"]  # fmt: skip
+__all__ = ["ROW", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy", "QuantizedTensor", "Scheme",
+           "explain", "quantize_", "register_format", "restore_", "symbols"]  # fmt: skip
 __version__ = "0.1.0"
 
 

@@ -11,6 +11,7 @@ from .dynamo_errors import as_themselves
 from .guards import drop_plane_guards
 from .options import Options
 from .passes.convert import Pending, Retrace
+from .passes.kv_cache import packs_caches
 from .passes.pipeline import Compilation
 
 
@@ -30,9 +31,12 @@ def qcompile(
     with as_themselves():
         Pending.finish_all()
         parsed = Options.parse(options, mode)
-        conversions = Compilation(gm, example_inputs, parsed).conversions()
-    if conversions:
+        compilation = Compilation(gm, example_inputs, parsed)
+        switched = packs_caches(compilation.root, parsed.kv_cache)
+        conversions = compilation.conversions()
+    if conversions or switched:
         raise Retrace(conversions)
+    compilation.lower_attention()
     drop_plane_guards(gm, example_inputs)
     from torch._inductor.compile_fx import compile_fx
 

@@ -50,6 +50,45 @@ def for_scheme(scheme: Scheme, device_type: str) -> Kernels:
     return cpu_kernels(scheme)
 
 
+class AttentionKernels(Protocol):
+    """What a code generator gives for keys and values of two formats; planes as in :mod:`qcompile.kv_cache`."""
+
+    def write(
+        self, key_planes: Sequence[torch.Tensor], value_planes: Sequence[torch.Tensor], k: torch.Tensor, v: torch.Tensor,
+        start: torch.Tensor, table: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Quantizes ``k [B, H, L, D]`` and ``v [B, H, L, Dv]`` into the planes as tokens ``start[b]`` … of sequence b."""
+
+    def attend(
+        self, q: torch.Tensor, key_planes: Sequence[torch.Tensor], value_planes: Sequence[torch.Tensor], start: torch.Tensor,
+        tokens: int, value_dim: int, mask: torch.Tensor | None = None, table: torch.Tensor | None = None, causal: bool = True,
+        scale: float | None = None, softcap: float = 0.0, window: int = 0,
+    ) -> torch.Tensor:  # fmt: skip
+        """``q [B, Hq, L, D]`` over what the planes hold → ``[B, Hq, L, Dv]`` in q's dtype."""
+
+    def sdpa(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float,
+        softcap: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """``scaled_dot_product_attention`` of ``q [B, Hq, L, D]``, ``k [B, H, T, D]``, ``v [B, H, T, Dv]`` → ``[B, Hq, L, Dv]``;
+        ``causal``: query i sees the first i + 1 tokens."""
+
+
+@functools.cache
+def attention_for(keys: str, values: str, device_type: str) -> AttentionKernels:
+    """The kernels for scheme keys of keys and values on ``"cpu"`` or ``"cuda"``, generated and compiled on first use.
+
+    Raises :class:`~qcompile.errors.FormatError` for formats that a cache cannot be written in.
+    """
+    if device_type == "cuda":
+        from .codegen.triton_attention import triton_attention
+
+        return triton_attention(scheme_of(keys), scheme_of(values))
+    from .codegen.cpp_attention import cpu_attention
+
+    return cpu_attention(scheme_of(keys), scheme_of(values))
+
+
 @dataclass(frozen=True)
 class Permuted:
     """Kernels of a format that stores the weight's columns in another order: the last plane, ``order`` int32 ``[K]``, says

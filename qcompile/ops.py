@@ -17,6 +17,13 @@ _library = torch.library.Library("qcompile", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor[] planes, Tensor? bias, str scheme, int n) -> Tensor")
 _library.define("rows(Tensor[] planes, Tensor indices, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _library.define("decode(Tensor[] planes, str scheme, int n, int k, ScalarType dtype) -> Tensor")
+_library.define("kv_write(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor k, Tensor v, Tensor start, Tensor? table, "
+                "str key_scheme, str value_scheme) -> ()")  # fmt: skip
+_library.define("attend(Tensor q, Tensor[] keys, Tensor[] values, Tensor start, SymInt tokens, SymInt value_dim, Tensor? mask, "
+                "Tensor? table, str key_scheme, str value_scheme, bool causal, float scale, float softcap, SymInt window) "
+                "-> Tensor")  # fmt: skip
+_library.define("sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, float softcap, str key_scheme, "
+                "str value_scheme) -> Tensor")  # fmt: skip
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -41,7 +48,34 @@ def _rows(
     return kernels.for_key(scheme, planes[0].device.type).rows(planes, indices, n, k, dtype)
 
 
+def _kv_write(
+    keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], k: torch.Tensor, v: torch.Tensor, start: torch.Tensor,
+    table: torch.Tensor | None, key_scheme: str, value_scheme: str,
+) -> None:  # fmt: skip
+    kernels.attention_for(key_scheme, value_scheme, k.device.type).write(keys, values, k, v, start, table)
+
+
+def _attend(
+    q: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], start: torch.Tensor, tokens: int,
+    value_dim: int, mask: torch.Tensor | None, table: torch.Tensor | None, key_scheme: str, value_scheme: str, causal: bool,
+    scale: float, softcap: float, window: int,
+) -> torch.Tensor:  # fmt: skip
+    found = kernels.attention_for(key_scheme, value_scheme, q.device.type)
+    return found.attend(q, keys, values, start, tokens, value_dim, mask, table, causal, scale, softcap, window)
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float, softcap: float,
+    key_scheme: str, value_scheme: str,
+) -> torch.Tensor:  # fmt: skip
+    found = kernels.attention_for(key_scheme, value_scheme, q.device.type)
+    return found.sdpa(q, k, v, mask, causal, scale, softcap)
+
+
 for _device in ("CPU", "CUDA"):
+    _library.impl("kv_write", _kv_write, _device)
+    _library.impl("attend", _attend, _device)
+    _library.impl("sdpa", _sdpa, _device)
     _library.impl("linear", _linear, _device)
     _library.impl("rows", _rows, _device)
     _library.impl("decode", _decode, _device)
@@ -64,6 +98,21 @@ def _rows_fake(
 @torch.library.register_fake("qcompile::decode")
 def _decode_fake(planes: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     return planes[0].new_empty((n, k), dtype=dtype)
+
+
+@torch.library.register_fake("qcompile::kv_write")
+def _kv_write_fake(*arguments: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("qcompile::attend")
+def _attend_fake(q: torch.Tensor, keys: Any, values: Any, start: Any, tokens: Any, value_dim: Any, *rest: Any) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], value_dim))
+
+
+@torch.library.register_fake("qcompile::sdpa")
+def _sdpa_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -90,3 +139,6 @@ torch.library.register_autograd("qcompile::linear", _linear_backward, setup_cont
 linear = torch.ops.qcompile.linear.default
 rows = torch.ops.qcompile.rows.default
 decode = torch.ops.qcompile.decode.default
+kv_write = torch.ops.qcompile.kv_write.default
+attend = torch.ops.qcompile.attend.default
+sdpa = torch.ops.qcompile.sdpa.default

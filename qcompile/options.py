@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import OptionError, nearest
+from .kv_cache import formats_of
 from .policy import Policy
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -24,6 +25,9 @@ class Options:
         ``"nearest"``: each weight to the nearest value of its format. ``"gptq"``: so that layers' outputs change least on
         the inputs of the first call, which should therefore be a few thousand tokens like those to come, with little
         padding. Layers that are compiled one by one get it for the first of them alone; compile the whole model.
+    kv_cache
+        Format of keys and values in the caches of a Hugging Face model: "fp8", "int8", "int4" or any that
+        :func:`qcompile.kv_cache.formats_of` takes. None: caches stay as they are.
     mode
         A mode of ``torch.compile``: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs.
     inductor
@@ -34,6 +38,7 @@ class Options:
     strict: bool = False
     weights: str = "free"
     rounding: str = "nearest"
+    kv_cache: Any = None
     mode: str = "default"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -59,6 +64,8 @@ class Options:
             raise OptionError(f"option 'weights' must be 'free' or 'keep', found {self.weights!r}")
         if self.rounding not in ("nearest", "gptq"):
             raise OptionError(f"option 'rounding' must be 'nearest' or 'gptq', found {self.rounding!r}")
+        if self.kv_cache is not None:
+            formats_of(self.kv_cache)
         if self.mode not in MODES:
             raise OptionError(f"option 'mode': {nearest(str(self.mode), MODES)} Found {self.mode!r}")
         if not isinstance(self.inductor, Mapping):

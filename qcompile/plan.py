@@ -35,7 +35,10 @@ SCHEMA = 1
 """Version of the JSON that plans are saved as."""
 
 
-class CatchesAll(Protocol):
+class Matching(Protocol):
+    @property
+    def pattern(self) -> str: ...
+
     @property
     def catches_all(self) -> bool: ...
 
@@ -74,11 +77,14 @@ class Site:
 
     @property
     def is_packable(self) -> bool:
-        """Whether kernels for packed weights exist: linear layers and embeddings."""
-        return self.is_linear or self.operator == "embedding"
+        """Whether kernels in low precision exist: for linear layers, embeddings and attention."""
+        return self.is_linear or self.operator in ("embedding", "attention")
 
-    def takes(self, rule: CatchesAll) -> bool:
-        """Whether a rule that matches speaks for the site: one for all layers means linear ones only."""
+    def takes(self, rule: Matching) -> bool:
+        """Whether a rule that matches speaks for the site: one for all layers means linear ones only, and attention must be
+        named itself ("*.self_attn"), not with all that its block holds ("layers.0.*")."""
+        if self.operator == "attention":
+            return not rule.pattern.endswith("*")
         return self.is_linear or not rule.catches_all
 
     @property
@@ -125,7 +131,8 @@ class Record:
     def of(decision: Decision, kernel: str | None = None, sqnr: float | None = None) -> Record:
         """The record of ``decision`` with the bytes that follow from shape and format, padding included."""
         site = decision.site
-        after = decision.scheme.format.nbytes(*site.shape) if decision.scheme is not None else site.nbytes
+        packed = decision.scheme is not None and site.weight is not None
+        after = decision.scheme.format.nbytes(*site.shape) if packed else site.nbytes  # type: ignore[union-attr]
         return Record(decision, kernel, site.nbytes, after, sqnr)
 
 

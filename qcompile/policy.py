@@ -14,6 +14,7 @@ import torch
 
 from .errors import PolicyError, UnknownFormatError
 from .formats import FormatSpec, Scheme, scheme_of
+from .formats.ranges import why_no_range
 from .gguf_presets import ALWAYS, GGUF_PRESETS, Place, places
 from .plan import ROLES, Decision, Site
 from .presets import DEFAULT, PRESETS, default_preset
@@ -193,7 +194,9 @@ class Policy:
         if reason is None and not site.is_packable:
             reason = f"{site.operator} has no quantized kernel"
         if reason is None and not shared and not site.takes(rule):
-            reason = f"rule '*' means linear layers; name {site.name!r} or 'embed_tokens' in a rule to pack it"
+            reason = f"rule {rule.pattern!r} means linear layers; name {site.name!r} in a rule of its own to have it"
+        if reason is None and site.operator == "attention":
+            reason = why_no_range(rule.scheme.format)
         if reason is None and site.dtype not in WEIGHT_DTYPES:
             reason = f"its weight is {site.dtype}, not float32, float16 or bfloat16"
             if self.explicit and not rule.catches_all:
@@ -207,6 +210,8 @@ class Policy:
         """Whether a rule that matches a site asks for it, so that leaving it is a failure under ``strict``:
         linear layers, but a weight tied to an embedding only where the user named it, and anything else only
         where named without a glob."""
+        if site.operator == "attention":
+            return self.explicit and site.takes(rule)
         if site.weight is None:
             return False
         if site.is_linear:

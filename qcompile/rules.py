@@ -47,7 +47,8 @@ class Rule:
         return self.scheme.key if self.scheme is not None else None
 
     def matches_name(self, name: str) -> bool:
-        return fnmatchcase(name, self.pattern) or fnmatchcase(name, f"*.{self.pattern}")
+        """Over the whole name or its last components; "*.self_attn" is also a module of the root."""
+        return any(fnmatchcase(name, p) for p in (self.pattern, f"*.{self.pattern}", self.pattern.removeprefix("*.")))
 
     def matches_role(self, role: str) -> bool:
         return fnmatchcase(role, self.shown)

@@ -144,30 +144,26 @@ def test_values_may_be_schemes_and_formats() -> None:
     assert decided(scheme)["adapter"] == "int8+int8 act" and decided(get("fp8_e5m2"))["adapter"] == "fp8_e5m2"
 
 
-@pytest.mark.parametrize("operator", ["attention", "other"])
-def test_what_no_format_is_for_is_left_with_a_reason(operator: str) -> None:
-    weight = None if operator == "attention" else "w"
-    site = Site(
-        "here",
-        operator,
-        frozenset(),
-        "node",
-        weight,
-        (8, 8),
-        unsupported="conv1d" if operator == "other" else None,
-    )
-    for value, meant in (
-        ("int8", False),
-        ({"*": "int8"}, False),
-        ({"h*": "int8"}, False),
-        ({"here": "int8"}, weight is not None),
-    ):
+def test_what_no_format_is_for_is_left_with_a_reason() -> None:
+    site = Site("here", "other", frozenset(), "node", "w", (8, 8), unsupported="conv1d")
+    for value, meant in (("int8", False), ({"*": "int8"}, False), ({"h*": "int8"}, False), ({"here": "int8"}, True)):
         (decision,) = Policy.parse(value).decide([site], CPU)
-        assert decision.scheme is None and decision.reason in (
-            f"{operator} has no quantized kernel",
-            "conv1d",
-        )
+        assert decision.scheme is None and decision.reason == "conv1d"
         assert (decision.wanted is not None) == meant
+
+
+def test_attention_is_computed_in_what_a_rule_of_its_own_says() -> None:
+    site = Site("model.layers.0.self_attn", "attention", node="attend", shape=(1, 4, 6, 8))
+    for value in ("int8", "mixed", {"*": "int8"}, {"layers.0.*": "int8"}, {"model.*": "int8"}):
+        (left,) = Policy.parse(value).decide([site], CPU)
+        assert left.scheme is None and left.wanted is None and left.reason
+    for pattern in ("*.self_attn", "self_attn", "model.layers.*.self_attn"):
+        (named,) = Policy.parse({pattern: "fp8"}).decide([site], CPU)
+        assert named.scheme == named.wanted == Scheme(get("fp8_e4m3"))
+    (refused,) = Policy.parse({"self_attn": "Q4_K"}).decide([site], CPU)
+    assert refused.scheme is None and "scales must be floats that follow from one token's range" in (refused.reason or "")
+    (odd,) = Policy.parse({"self_attn": "fp8"}).decide([dataclasses.replace(site, unsupported="it drops")], CPU)
+    assert odd.scheme is None and odd.reason == "it drops" and odd.wanted is not None
 
 
 def test_unsupported_linear_layers_are_wanted_but_left() -> None:
@@ -188,7 +184,7 @@ def test_embeddings_are_packed_where_a_rule_names_them() -> None:
     for value in ("int8", "int4", {"*": "int8"}):
         (left,) = Policy.parse(value).decide([table], CPU)
         assert left.scheme is None and left.wanted is None
-        assert "name 'model.embed' or 'embed_tokens' in a rule" in (left.reason or "")
+        assert "name 'model.embed' in a rule of its own" in (left.reason or "")
     for value, wanted in (({"embed_tokens": "int8"}, "int8"), ({"model.*": "int4_g32"}, "int4_g32"), ("Q4_K_M", "Q4_K")):
         (packed,) = Policy.parse(value).decide([table], CPU)
         assert packed.scheme == Scheme(get(wanted))

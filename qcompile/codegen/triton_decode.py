@@ -45,7 +45,14 @@ def rows(printer: Printer, name: str) -> str:
 
 def _weights(printer: Printer, one_row: bool = False) -> Iterator[str]:
     """``g`` [BT·L, BK]: the weights at ``k`` [BK] of step ``step``."""
-    lines, names = printer.elements()
+    yield from loads(printer, one_row)
+    yield from values(printer)
+    yield "g = tl.reshape(tl.permute(g, 0, 2, 1, 3), [BT * L, BK])"
+    yield "k = step * BK + tl.arange(0, BK)"
+
+
+def loads(printer: Printer, one_row: bool = False) -> Iterator[str]:
+    """Words ``q_{part}_{r}`` [BT, BG, L] and scales ``v_{plane}`` [BT, BP or 1, 1, L] of step ``step``."""
     yield from text.granules(printer)
     yield from printer.units()
     yield from text.word_pointers(printer, one_row)
@@ -53,12 +60,21 @@ def _weights(printer: Printer, one_row: bool = False) -> Iterator[str]:
     yield from text.word_loads(printer, "step * BG")
     yield from text.tile_scale_loads(printer, "step")
     yield from text.tile_scale_views(printer, "step")
+
+
+def elements(printer: Printer) -> Iterator[str]:
+    """``g`` [BT, BG, L, group]: the elements of loaded words, gen / UNIT in ``DEC``."""
+    lines, names = printer.elements()
     yield from lines
     yield f"g = tl.permute({joined([e for row in names for e in row])}, {text.natural(printer)})"
-    yield f"g = tl.reshape(g, [BT, BG, L, {printer.group}]).to(tl.float32) * UNIT"
+    yield f"g = tl.reshape(g, [BT, BG, L, {printer.group}])"
+
+
+def values(printer: Printer) -> Iterator[str]:
+    """``g`` [BT, BG, L, group] in float32: the weights of loaded words and scales."""
+    yield from elements(printer)
+    yield "g = g.to(tl.float32) * UNIT"
     yield from _scaled(printer)
-    yield "g = tl.reshape(tl.permute(g, 0, 2, 1, 3), [BT * L, BK])"
-    yield "k = step * BK + tl.arange(0, BK)"
 
 
 def _scaled(printer: Printer) -> Iterator[str]:

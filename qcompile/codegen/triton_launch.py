@@ -15,6 +15,7 @@ from .triton_load import triton_version
 
 if TYPE_CHECKING:
     from .triton import TritonKernels, Variant
+    from .triton_attend_tiles import AttendTile
 
 REDUCE_BLOCK = 1024
 QUANTIZE_BLOCK = 2048
@@ -46,7 +47,7 @@ def gather_rows(
     )  # fmt: skip
 
 
-def options(tile: tiles.Tile) -> dict[str, Any]:
+def options(tile: tiles.Tile | AttendTile) -> dict[str, Any]:
     """Compiler options. Fused multiply-adds are asked for by name: Triton's default changes in 3.10."""
     chosen: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return {**chosen, "maxnreg": tile.registers} if tile.registers else chosen

@@ -45,7 +45,7 @@ def nearest_entry(table: torch.Tensor, wanted: torch.Tensor, book: Codebook | No
     """
     even = book is not None and book.minifloat is not None
     key = tuple(table.tolist()), even
-    borders, patterns = (t.to(wanted.device) for t in _borders(*key))
+    borders, patterns = (t.to(wanted.device) for t in borders_of(*key))
     if wanted.numel() < FEW or (cells := _border_cells(*key)) is None:
         return patterns[torch.bucketize(wanted, borders, out_int32=True)]
     # One look at the border nearest to the cell instead of a binary search: a few times faster.
@@ -59,7 +59,7 @@ def nearest_entry(table: torch.Tensor, wanted: torch.Tensor, book: Codebook | No
 def _border_cells(table: tuple[float, ...], even: bool) -> tuple[float, float, torch.Tensor, torch.Tensor] | None:
     """(start, width, border nearest to each cell, how many borders lie below that) of cells over all borders of a table; None
     where borders lie too close for cells."""
-    borders = _borders(table, even)[0].double()
+    borders = borders_of(table, even)[0].double()
     if len(borders) < 2:
         return None
     span = float(borders[-1] - borders[0])
@@ -72,7 +72,7 @@ def _border_cells(table: tuple[float, ...], even: bool) -> tuple[float, float, t
 
 
 @functools.cache
-def _borders(table: tuple[float, ...], even: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def borders_of(table: tuple[float, ...], even: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 borders between values (a value on a border belongs below it), and the patterns in order of their values."""
     first: dict[float, int] = {}
     for pattern, value in enumerate(table):

@@ -115,3 +115,9 @@ def check_planes(spec: FormatSpec, planes: Sequence[torch.Tensor], n: int, k: in
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise LayoutError(f"{layer}: plane {name!r} of {spec.name} for a {n}×{k} weight must be {dtype} "
                               f"{list(shape)}, found {tensor.dtype} {list(tensor.shape)}; quantize or load it again")  # fmt: skip
+
+
+def pages(spec: FormatSpec, count: int, heads: int, tokens: int, dim: int, device: torch.device) -> list[torch.Tensor]:
+    """Zeroed stored tensors ``[count, heads, *part_shape]`` of a KV cache: for each page and head, those of a weight whose
+    rows are ``tokens`` tokens, rounded up to tiles of 16, of ``dim`` elements."""
+    return [torch.zeros(count, heads, *spec.part_shape(p, tokens, dim), dtype=p.dtype, device=device) for p in spec.parts]

@@ -97,6 +97,13 @@ QC_INLINE float half_to_float(uint16_t h) {
   return value;
 }
 
+QC_INLINE float bfloat_to_float(Bfloat b) {
+  const uint32_t bits = (uint32_t)b.bits << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
 QC_INLINE uint16_t float_to_half(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);

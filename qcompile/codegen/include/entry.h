@@ -21,18 +21,6 @@ struct Input {  // x as the caller has it
   int64_t k, stride;  // elements; elements from a row to the next
 };
 
-// One allocation cut into arrays, each on a cache line of its own. Without memory it only counts.
-struct Scratch {
-  char* memory;
-  int64_t bytes;
-  template <class T>
-  T* take(int64_t count) {
-    T* part = memory ? (T*)(memory + bytes) : nullptr;
-    bytes += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
-    return part;
-  }
-};
-
 // Everything that is made of x before the products.
 template <class F, class D>
 struct Prepared {

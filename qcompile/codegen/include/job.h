@@ -17,6 +17,38 @@ struct Job {
   int64_t spans;
 };
 
+// One allocation cut into arrays, each on a cache line of its own. Without memory it only counts.
+struct Scratch {
+  char* memory;
+  int64_t bytes;
+  template <class T>
+  T* take(int64_t count) {
+    T* part = memory ? (T*)(memory + bytes) : nullptr;
+    bytes += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+    return part;
+  }
+};
+
+// Where the tokens of a KV cache lie: sequence b has page b, or the pages that its row of `table` numbers.
+struct Pages {
+  const int64_t* start;  // [batch]: position of the first token of the call
+  const int32_t* table;  // [batch, row], or null
+  int64_t row, page, count;  // entries of a row, tokens in a page, pages
+
+  int64_t of(int64_t b, int64_t token) const { return table ? table[b * row + token / page] : b; }
+
+  // Whether the tokens of every sequence up to start + length, `most` at most, lie in pages that exist.
+  bool hold(int64_t batch, int64_t length, int64_t most) const {
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t end = start[b] + length < most ? start[b] + length : most;
+      if (end > (table ? row : 1) * page || (!table && b >= count)) return false;
+      for (int64_t t = 0; table && t * page < end; ++t)
+        if (table[b * row + t] < 0 || table[b * row + t] >= count) return false;
+    }
+    return true;
+  }
+};
+
 template <class F>
 constexpr int64_t span_of(int64_t k) { return F::SPAN ? F::SPAN : k; }
 

@@ -152,6 +152,31 @@ QC_INLINE vi greater(vi a, vi b) {
   return a;
 }
 
+QC_INLINE vi above(vf a, vf b) {
+  vi r;
+  QC_UNROLL for (int i = 0; i < PARTS; ++i) r.p[i] = (vi::Part)(a.p[i] > b.p[i]);
+  return r;
+}
+QC_INLINE vf larger(vf a, vf b) { return select(above(a, b), a, b); }  // b where either is NaN
+
+QC_INLINE float sum_of_lanes(vf a) {
+#if defined(QC_AVX512)
+  return _mm512_reduce_add_ps((__m512)a.p[0]);
+#else
+  float lanes[LANES], sum = 0.0f;
+  memcpy(lanes, a.p, 64);
+  for (int l = 0; l < LANES; ++l) sum += lanes[l];
+  return sum;
+#endif
+}
+QC_INLINE float largest_lane(vf a) {
+  float lanes[LANES];
+  memcpy(lanes, a.p, 64);
+  float top = lanes[0];
+  for (int l = 1; l < LANES; ++l) top = lanes[l] > top ? lanes[l] : top;
+  return top;
+}
+
 QC_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(QC_AVX512)
   return {{(vf::Part)_mm512_fmadd_ps((__m512)a.p[0], (__m512)b.p[0], (__m512)c.p[0])}};

@@ -1,0 +1,73 @@
+"""How fast does one token attend to a packed cache? Llama-3-8B's heads over growing contexts, against bf16 in the same run.
+
+``sdpa`` is ``F.scaled_dot_product_attention(…, enable_gqa=True)`` over bf16 keys and values, as Hugging Face models call it;
+``folded`` is the same product with the queries of a group as rows of one head, the fastest that torch has for it here.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from qcompile.kv_cache import KVCache
+
+HEADS, GROUP, SIZE = 8, 4, 128
+"""Heads of keys, queries to each, and their size, in Llama-3-8B."""
+CONTEXTS = (1024, 4096, 8192, 32768)
+FORMATS: tuple[Any, ...] = ("fp8", "int8", "int4", ("int8", "int4"))
+COLD_BYTES = 128 << 20
+"""Copies of a cache that are used in rotation add up to at least this much, so that none is found in a processor's cache."""
+
+
+def _calls(tokens: int) -> dict[str, list[Callable[[torch.Tensor], torch.Tensor]]]:
+    k, v = (torch.randn(1, HEADS, tokens, SIZE, dtype=torch.bfloat16) for _ in range(2))
+    copies = max(2, -(-COLD_BYTES // (2 * k.nbytes)))
+    pairs = [(k.clone(), v.clone()) for _ in range(copies)]
+    calls: dict[str, list[Callable[[torch.Tensor], torch.Tensor]]] = {
+        "sdpa": [lambda q, p=p: F.scaled_dot_product_attention(q, *p, enable_gqa=True) for p in pairs],
+        "folded": [lambda q, p=p: F.scaled_dot_product_attention(q.view(1, HEADS, GROUP, SIZE), *p) for p in pairs],
+    }  # fmt: skip
+    for formats in FORMATS:
+        packed = []
+        for _ in range(2 * copies):
+            cache = KVCache(formats, capacity=tokens)
+            cache.append(k, v)
+            packed.append(cache)
+        name = formats if isinstance(formats, str) else "keys {}, values {}".format(*formats)
+        calls[name] = [lambda q, c=c: c.attend(q) for c in packed]
+    return calls
+
+
+def _bytes(name: str, tokens: int) -> float:
+    """Of the cache, over those in bf16."""
+    if name in ("sdpa", "folded"):
+        return 1.0
+    formats = next(f for f in FORMATS if name in (f, "keys {}, values {}".format(*f)))
+    cache = KVCache(formats, capacity=tokens)
+    cache.allocate(torch.empty(1, HEADS, tokens, SIZE), torch.empty(1, HEADS, tokens, SIZE))
+    return cache.nbytes / (4 * HEADS * tokens * SIZE)
+
+
+@torch.inference_mode()
+def run() -> list[dict[str, Any]]:
+    """Medians over interleaved rounds; ``speedup`` and ``over folded`` are medians of the rounds' ratios."""
+    rows = []
+    for tokens in CONTEXTS:
+        calls, q = _calls(tokens), torch.randn(1, HEADS * GROUP, 1, SIZE, dtype=torch.bfloat16)
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(31):
+            for name, own in calls.items():
+                start = time.perf_counter()
+                own[turn % len(own)](q)
+                if turn:  # the first builds
+                    times[name].append(time.perf_counter() - start)
+        for name, own in times.items():
+            over = {base: statistics.median(a / b for a, b in zip(times[base], own, strict=True)) for base in ("sdpa", "folded")}
+            rows.append({"tokens": tokens, "cache": name, "bytes": _bytes(name, tokens), "ms": 1e3 * statistics.median(own),
+                         "speedup": over["sdpa"], "over folded": over["folded"]})  # fmt: skip
+    return rows

@@ -1,0 +1,245 @@
+"""Keys and values of attention in a weight format: written once, quantized; read packed.
+
+A page of a cache is, for every head, a weight whose rows are tokens: the stored tensors of a format are
+``[pages, heads, *FormatSpec.part_shape(part, tokens of a page, D)]``. Without a block table sequence b is page b.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from . import ops
+from .errors import LayoutError, OptionError, WeightError
+from .formats import FormatSpec, Scheme, get, register_scheme
+from .formats.algebra import codebook_of_gen
+from .formats.layout import pages
+from .formats.ranges import range_planes
+from .formats.reference import quantize, sqnr
+
+ALIASES = {"fp8": "fp8_e4m3", "int4": "int4_g32"}
+"""Short names of formats for keys and values; every other format goes by its own name."""
+
+GROWTH = 256
+"""Tokens that a growing cache makes room for at least."""
+
+
+def formats_of(value: object) -> tuple[Scheme, Scheme]:
+    """Schemes of keys and values from what a user writes: one format for both, ``(keys, values)``, or a mapping with
+    "keys" and "values"; formats by name ("fp8", "int8", "int4", or a registered one) or as :class:`FormatSpec`.
+
+    Raises :class:`OptionError` for anything else, :class:`UnknownFormatError` for an unknown name, and
+    :class:`FormatError` for a format that a cache cannot be written in.
+    """
+    if isinstance(value, Mapping):
+        if set(value) != {"keys", "values"}:
+            raise OptionError(f"kv_cache: a mapping has 'keys' and 'values', found {sorted(map(str, value))}")
+        value = (value["keys"], value["values"])
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise OptionError(f"kv_cache: give one format, or (keys, values), found {value!r}")
+    return _scheme(pair[0]), _scheme(pair[1])
+
+
+def _scheme(value: object) -> Scheme:
+    spec = get(ALIASES.get(value, value)) if isinstance(value, str) else value
+    if not isinstance(spec, FormatSpec):
+        raise OptionError(f"kv_cache: a format is a name or a FormatSpec, found {value!r}")
+    range_planes(spec)
+    _warn_of_short_mantissa(spec)
+    scheme = Scheme(spec)
+    register_scheme(scheme)
+    return scheme
+
+
+@functools.cache
+def _warn_of_short_mantissa(spec: FormatSpec) -> None:
+    """Says once what e5m2 costs against e4m3, which takes as many bytes."""
+    book = codebook_of_gen(spec)
+    if book is None or book.cast is None or book.minifloat is None or book.minifloat[1] >= 3:
+        return
+    better, x = get(ALIASES["fp8"]), torch.randn(1024, 128, generator=torch.Generator().manual_seed(0))
+    own, other = (sqnr(s, quantize(s, x), x) for s in (spec, better))
+    warnings.warn(f"kv_cache: {spec.name} keeps normal values to {own:.1f} dB; {better.name} keeps them to {other:.1f} dB in as "
+                  "many bytes, and scales reach its range", stacklevel=4)  # fmt: skip
+
+
+class KVCache:
+    """The keys and values of one attention layer.
+
+    ``formats``: as :func:`formats_of` takes them. ``capacity``: tokens to allocate at once; the position is then a tensor
+    (``length``, int64, no dimensions) and graphs need no recompilation as it moves. None: the cache grows as it fills, and
+    ``length`` is an int. Memory is allocated by the first :meth:`append`, on the device of what it is given.
+    """
+
+    def __init__(self, formats: object = "fp8", capacity: int | None = None) -> None:
+        self.schemes = formats_of(formats)
+        self.capacity = capacity
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.length: int | torch.Tensor = 0
+        self.value_dim = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(p.nbytes for p in (*self.keys, *self.values))
+
+    @property
+    def room(self) -> int:
+        """Tokens that there is memory for."""
+        return 16 * self.keys[0].shape[2] if self.keys else 0
+
+    def allocate(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Memory for keys like k ``[B, H, L, D]`` and values like v, unless there is some."""
+        if self.keys:
+            return
+        tokens = max(GROWTH, k.shape[2]) if self.capacity is None else self.capacity
+        batch, heads, _, dim = k.shape
+        self.value_dim = v.shape[-1]
+        self.keys = pages(self.schemes[0].format, batch, heads, tokens, dim, k.device)
+        self.values = pages(self.schemes[1].format, batch, heads, tokens, self.value_dim, k.device)
+        if self.capacity is not None:
+            self.length = torch.zeros((), dtype=torch.int64, device=k.device)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Quantizes k ``[B, H, L, D]`` and v ``[B, H, L, Dv]`` behind what is there.
+
+        Raises :class:`LayoutError` for another batch, heads or sizes than the cache was filled with first.
+        """
+        self.allocate(k, v)
+        if k.shape[:2] != self.keys[0].shape[:2] or v.shape[:3] != k.shape[:3] or v.shape[-1] != self.value_dim:
+            held = f"{list(self.keys[0].shape[:2])} sequences and heads with values of {self.value_dim}"
+            raise LayoutError(f"KV cache: holds {held}; found keys {list(k.shape)} and values {list(v.shape)}; use one cache for "
+                              "each batch")  # fmt: skip
+        start = self.starts()
+        if isinstance(self.length, torch.Tensor):
+            self.length.add_(k.shape[2])
+        else:
+            self._grow(self.length + k.shape[2])
+            self.length = self.length + k.shape[2]
+        ops.kv_write(self.keys, self.values, k, v, start, None, self.schemes[0].key, self.schemes[1].key)
+
+    def starts(self) -> torch.Tensor:
+        """int64 ``[B]``: the length, for every sequence."""
+        batch, device = self.keys[0].shape[0], self.keys[0].device
+        if isinstance(self.length, torch.Tensor):
+            return self.length.expand(batch).clone()
+        return torch.full((batch,), self.length, dtype=torch.int64, device=device)
+
+    def attend(
+        self, q: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = True, scale: float | None = None,
+        softcap: float = 0.0, window: int = 0,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attention of q ``[B, Hq, L, D]``, whose tokens are the last L that were appended: ``[B, Hq, L, Dv]`` in q's dtype.
+
+        Hq is a multiple of the heads of the cache: query head h reads head ``h // (Hq // H)``. ``mask``: bool (True: seen) or
+        additive, broadcast to ``[B, Hq, L, T]``. ``causal``: no query sees tokens behind its own. ``window``: nor those
+        ``window`` and more before it. ``scale``: 1/√D if None. ``softcap`` c > 0: scores become c · tanh(score / c).
+        A query that sees no token gives zeros. Raises :class:`WeightError` for heads that do not divide.
+        """
+        if q.shape[1] % self.keys[0].shape[1]:
+            raise WeightError(f"attention: {q.shape[1]} heads of queries over {self.keys[0].shape[1]} of keys; they must divide")
+        start = self.starts() - q.shape[2]
+        tokens = self.room if isinstance(self.length, torch.Tensor) else self.length
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        return ops.attend(q, self.keys, self.values, start, tokens, self.value_dim, mask, None, self.schemes[0].key,
+                          self.schemes[1].key, causal, scale, softcap, window)  # fmt: skip
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last ``tokens`` tokens. Raises :class:`LayoutError` when there are fewer (of a growing cache)."""
+        if isinstance(self.length, torch.Tensor):
+            self.length.sub_(tokens)
+            return
+        if tokens > self.length:
+            raise LayoutError(f"KV cache: cannot forget {tokens} tokens of {self.length}")
+        self.length -= tokens
+
+    def clear(self) -> None:
+        """Forgets everything; a cache with a capacity keeps its memory."""
+        if isinstance(self.length, torch.Tensor):
+            self.length.zero_()
+        else:
+            self.keys, self.values, self.length = [], [], 0
+
+    def select(self, sequences: torch.Tensor) -> None:
+        """The sequences of these numbers (int64, any of them several times) take the place of all."""
+        self.keys = [p.index_select(0, sequences.to(p.device)) for p in self.keys]
+        self.values = [p.index_select(0, sequences.to(p.device)) for p in self.values]
+
+    def _grow(self, tokens: int) -> None:
+        """Room for ``tokens``: half as many again as there was, so that copying costs a constant for each token."""
+        if tokens <= self.room:
+            return
+        more = -(-max(tokens, self.room + self.room // 2) // 16) - self.keys[0].shape[2]
+        self.keys, self.values = (_with_tiles(self.keys, more), _with_tiles(self.values, more))
+
+
+def _with_tiles(planes: Sequence[torch.Tensor], more: int) -> list[torch.Tensor]:
+    return [torch.cat([p, p.new_zeros(*p.shape[:2], more, *p.shape[3:])], 2) for p in planes]
+
+
+class PagedKVCache:
+    """The keys and values of one attention layer for sequences that come and go, in pages that they share the memory of.
+
+    ``count`` pages of ``page`` tokens (a multiple of 16) are allocated at once. Raises :class:`LayoutError` when a sequence needs
+    a page and none is free; nothing is written then.
+    """
+
+    def __init__(self, count: int, heads: int, dim: int, value_dim: int | None = None, page: int = 64, formats: object = "fp8",
+                 device: torch.device | str = "cpu") -> None:  # fmt: skip
+        if page % 16 or page < 16:
+            raise LayoutError(f"a page has a multiple of 16 tokens, found {page}")
+        self.schemes, self.page, self.value_dim = formats_of(formats), page, value_dim or dim
+        device = torch.device(device)
+        self.keys = pages(self.schemes[0].format, count, heads, page, dim, device)
+        self.values = pages(self.schemes[1].format, count, heads, page, self.value_dim, device)
+        self.free = list(range(count))[::-1]
+        self.sequences: dict[int, list[int]] = {}
+        self.lengths: dict[int, int] = {}
+        self._next = 0
+
+    def add(self) -> int:
+        """A new, empty sequence; returns its number."""
+        number, self._next = self._next, self._next + 1
+        self.sequences[number], self.lengths[number] = [], 0
+        return number
+
+    def remove(self, sequence: int) -> None:
+        """Gives the sequence's pages back."""
+        self.free += self.sequences.pop(sequence)[::-1]
+        del self.lengths[sequence]
+
+    def append(self, sequences: Sequence[int], k: torch.Tensor, v: torch.Tensor) -> None:
+        """Quantizes k ``[B, H, L, D]`` and v ``[B, H, L, Dv]`` behind the B ``sequences``."""
+        needed = {s: -(-(self.lengths[s] + k.shape[2]) // self.page) - len(self.sequences[s]) for s in sequences}
+        if sum(needed.values()) > len(self.free):
+            raise LayoutError(f"KV cache: {sum(needed.values())} pages of {self.page} tokens are needed, {len(self.free)} are "
+                              "free; remove sequences, or allocate more pages")  # fmt: skip
+        for s, count in needed.items():
+            self.sequences[s] += [self.free.pop() for _ in range(count)]
+        start, table = self._where(sequences)
+        ops.kv_write(self.keys, self.values, k, v, start, table, self.schemes[0].key, self.schemes[1].key)
+        for s in sequences:
+            self.lengths[s] += k.shape[2]
+
+    def attend(
+        self, sequences: Sequence[int], q: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = True,
+        scale: float | None = None, softcap: float = 0.0, window: int = 0,
+    ) -> torch.Tensor:  # fmt: skip
+        """As :meth:`KVCache.attend`, for q ``[B, Hq, L, D]`` of the B ``sequences``, which may be of different lengths."""
+        start, table = self._where(sequences)
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        return ops.attend(q, self.keys, self.values, start - q.shape[2], max(self.lengths[s] for s in sequences), self.value_dim,
+                          mask, table, self.schemes[0].key, self.schemes[1].key, causal, scale, softcap, window)  # fmt: skip
+
+    def _where(self, sequences: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lengths int64 ``[B]`` and the block table int32 ``[B, pages]``."""
+        device, most = self.keys[0].device, max(len(self.sequences[s]) for s in sequences)
+        rows = [self.sequences[s] + [0] * (most - len(self.sequences[s])) for s in sequences]
+        return (torch.tensor([self.lengths[s] for s in sequences], device=device),
+                torch.tensor(rows, dtype=torch.int32, device=device))  # fmt: skip

@@ -1,0 +1,310 @@
+"""Attention kernels of the CPU over packed keys and values, against float64 attention over what the planes decode to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qcompile import kv_cache, ops
+from qcompile.codegen.cpp_attention import CpuAttention, cpu_attention
+from qcompile.errors import FormatError, LayoutError
+from qcompile.formats import Scheme, get, register_scheme
+from qcompile.formats.layout import pages
+from qcompile.formats.reference import decode
+from qcompile.kv_cache import KVCache, PagedKVCache
+
+PAIRS = (
+    ("fp8_e4m3", "fp8_e4m3"), ("int8", "int8"), ("int4_g32", "int4_g32"), ("fp8_e5m2", "int4_zp_g32"), ("nf4_g32", "int8_g32"),
+)  # fmt: skip
+"""Formats of keys and values: a scale for each token, for groups; offsets, zero points, tables."""
+
+ROUNDING = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Allowed relative error (Frobenius): rounding of the result, and of float32 sums."""
+
+
+def scheme(name: str) -> Scheme:
+    found = Scheme(get(name))
+    register_scheme(found)
+    return found
+
+
+def decoded(name: str, planes: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """float64 [pages, heads, tokens, dim]."""
+    count, heads, tiles = planes[0].shape[:3]
+    flat = [[decode(get(name), [p[i, h] for p in planes], 16 * tiles, dim) for h in range(heads)] for i in range(count)]
+    return torch.stack([torch.stack(row) for row in flat]).double()
+
+
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = True,
+    scale: float | None = None, softcap: float = 0.0, window: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """float64 attention of q [B, Hq, L, D] at positions start[b] … over k, v [B, H, T, D], of which start[b] + L tokens count."""
+    group, length, tokens = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q.double() @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        part = mask[..., :tokens]
+        part = torch.nn.functional.pad(part, (0, tokens - part.shape[-1]), value=False if mask.dtype == torch.bool else -math.inf)
+        scores = scores.masked_fill(~part, -math.inf) if mask.dtype == torch.bool else scores + part.double()
+    at, token = start[:, None] + torch.arange(length), torch.arange(tokens)
+    seen = token < (start[:, None, None] + length)
+    if causal:
+        seen = seen & (token <= at[..., None])
+    if window:
+        seen = seen & (token > at[..., None] - window)
+    scores = scores.masked_fill(~seen[:, None], -math.inf)
+    return torch.nan_to_num(scores.softmax(-1)) @ v
+
+
+def relative(out: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((out.double() - wanted).norm() / wanted.norm())
+
+
+def filled(keys: str, values: str, k: torch.Tensor, v: torch.Tensor, room: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    batch, heads = k.shape[:2]
+    made = tuple(pages(get(f), batch, heads, room, x.shape[-1], x.device) for f, x in ((keys, k), (values, v)))
+    cpu_attention(scheme(keys), scheme(values)).write(made[0], made[1], k, v, torch.zeros(batch, dtype=torch.int64))
+    return made[0], made[1]
+
+
+def masks(batch: int, heads: int, length: int, tokens: int) -> dict[str, torch.Tensor | None]:
+    some = torch.rand(batch, 1, length, tokens) < 0.7
+    some[..., 0] = True
+    return {
+        "none": None, "bool": some, "bool of one row": some[:1, :, :1], "strided": some.mT.contiguous().mT,
+        "float": torch.randn(batch, heads, length, tokens), "half": torch.randn(1, 1, length, tokens).half(),
+        "infinite": torch.where(some, 0.0, -math.inf),
+        "least": torch.where(some, 0.0, torch.finfo(torch.bfloat16).min).bfloat16(),
+        "short": some[..., : tokens - 9], "long": torch.ones(batch, 1, length, tokens + 40, dtype=torch.bool),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("keys,values", PAIRS)
+@pytest.mark.parametrize("length", [1, 3, 17, 70])
+def test_attend(keys: str, values: str, length: int) -> None:
+    torch.manual_seed(length)
+    batch, heads, tokens = 2, 2, 83
+    start = torch.tensor([tokens - length, max(0, 60 - length)])
+    for dim, value_dim, group in ((64, 64, 1), (128, 96, 4), (72, 40, 3), (256, 256, 2)):
+        k, v = torch.randn(batch, heads, tokens, dim), torch.randn(batch, heads, tokens, value_dim)
+        planes = filled(keys, values, k, v, 112)
+        wide = decoded(keys, planes[0], dim)[:, :, :tokens], decoded(values, planes[1], value_dim)[:, :, :tokens]
+        kernels = cpu_attention(scheme(keys), scheme(values))
+        for dtype, allowed in ROUNDING.items():
+            q = torch.randn(batch, length, heads * group, dim).to(dtype).transpose(1, 2)
+            for settings in ({}, {"causal": False}, {"window": 9}, {"scale": 0.3, "softcap": 2.0}):
+                out = kernels.attend(q, *planes, start, tokens, value_dim, **settings)  # type: ignore[arg-type]
+                assert out.dtype == dtype and out.shape == (batch, heads * group, length, value_dim)
+                assert relative(out, reference(q, *wide, start, **settings)) <= allowed, (dim, dtype, settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [1, 19])
+def test_masks(length: int) -> None:
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 2, 83, 64), torch.randn(2, 2, 83, 64)
+    planes = filled("int8", "int8", k, v, 96)
+    wide = [decoded("int8", p, 64)[:, :, :83] for p in planes]
+    start = torch.full((2,), 83 - length)
+    for name, mask in masks(2, 4, length, 83).items():
+        q = torch.randn(2, 4, length, 64)
+        out = cpu_attention(scheme("int8"), scheme("int8")).attend(q, *planes, start, 83, 64, mask)
+        assert relative(out, reference(q, *wide, start, mask)) <= ROUNDING[torch.float32], name
+
+
+def test_a_query_that_sees_nothing_gives_zeros() -> None:
+    k = torch.randn(1, 1, 32, 64)
+    planes = filled("int8", "int8", k, k, 32)
+    mask = torch.ones(1, 1, 2, 32, dtype=torch.bool)
+    mask[:, :, 1] = False
+    q = torch.randn(1, 1, 2, 64)
+    out = cpu_attention(scheme("int8"), scheme("int8")).attend(q, *planes, torch.tensor([30]), 32, 64, mask)
+    assert out[0, 0, 0].abs().sum() > 0 and (out[0, 0, 1] == 0).all()
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    torch.manual_seed(0)
+    k, v, q = torch.randn(1, 2, 5000, 64), torch.randn(1, 2, 5000, 64), torch.randn(1, 4, 1, 64)
+    planes = filled("fp8_e4m3", "fp8_e4m3", k, v, 5008)
+    kernels, before = cpu_attention(scheme("fp8_e4m3"), scheme("fp8_e4m3")), torch.get_num_threads()
+    outs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs.append(kernels.attend(q, *planes, torch.tensor([4999]), 5000, 64))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("isa", ["avx2", "generic"])
+def test_other_instruction_sets(isa: str) -> None:
+    torch.manual_seed(0)
+    k, v, q = torch.randn(1, 2, 50, 72), torch.randn(1, 2, 50, 72), torch.randn(1, 6, 3, 72)
+    kernels = CpuAttention(scheme("int4_g32"), scheme("fp8_e4m3"), isa)
+    planes = [pages(get(f), 1, 2, 64, 72, torch.device("cpu")) for f in ("int4_g32", "fp8_e4m3")]
+    kernels.write(*planes, k, v, torch.tensor([0]))
+    wide = decoded("int4_g32", planes[0], 72)[:, :, :50], decoded("fp8_e4m3", planes[1], 72)[:, :, :50]
+    out = kernels.attend(q, *planes, torch.tensor([47]), 50, 72)
+    assert relative(out, reference(q, *wide, torch.tensor([47]))) <= ROUNDING[torch.float32]
+
+
+# Writing -----------------------------------------------------------------------------------------------------------------
+
+STEPS = {"fp8_e4m3": 2.0**-4, "fp8_e5m2": 2.0**-3, "int8": 1 / 254, "int8_g32": 1 / 254, "nf4_g32": 0.16, "int4_g32": 1 / 30,
+         "int4_zp_g32": 1 / 30, "int8_g64": 1 / 254}  # fmt: skip
+"""Largest error of an element: of itself for floats, of its group's range (absolute maximum for symmetric ones) for others."""
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_write_rounds_to_nearest(name: str) -> None:
+    torch.manual_seed(0)
+    spec, k = get(name), torch.randn(1, 2, 40, 128)
+    k[0, 0, 3] = 0.0
+    k[0, 1, 5, 7] = 300.0
+    found = decoded(name, filled(name, name, k, k, 48)[0], 128)[:, :, :40]
+    group = next(p.per for p in spec.scales if p.name == "scale" or p.name == "absmax") or 128
+    wide = k.double().unflatten(-1, (-1, group))
+    error = (found.unflatten(-1, (-1, group)) - wide).abs()
+    most = wide.abs().amax(-1, keepdim=True)
+    if name.startswith("fp8"):
+        assert (error <= STEPS[name] * wide.abs() + most * 2.0**-9 / 448 * 1.01 + 2e-7 * most).all()
+    else:
+        span = wide.amax(-1, keepdim=True).clamp_min(0) - wide.amin(-1, keepdim=True).clamp_max(0)
+        whole = span if "_g32" in name and name.startswith("int4") else most
+        coarse = 2 if name == "int4_zp_g32" else 1  # zero points are rounded too
+        assert (error <= STEPS[name] * coarse * (2 if name == "int8" else 1) * whole * 1.02 + most * 0.006).all()
+    assert (found[0, 0, 3] == 0).all()
+
+
+def test_tokens_arrive_in_any_portions() -> None:
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 2, 60, 64), torch.randn(2, 2, 60, 64)
+    whole, parts = KVCache("int4"), KVCache("int4")
+    whole.append(k, v)
+    for a, b in ((0, 1), (1, 18), (18, 33), (33, 60)):
+        parts.append(k[:, :, a:b].to(torch.float32), v[:, :, a:b])
+    for one, other in zip(whole.keys + whole.values, parts.keys + parts.values, strict=True):
+        assert torch.equal(one, other)
+
+
+# Caches ------------------------------------------------------------------------------------------------------------------
+
+
+def test_caches_that_grow_and_caches_with_a_capacity_agree() -> None:
+    torch.manual_seed(0)
+    growing, fixed = KVCache(("fp8", "int8")), KVCache({"keys": "fp8", "values": "int8"}, capacity=700)
+    for length in (300, 1, 1, 340):
+        k, v, q = torch.randn(2, 2, length, 64), torch.randn(2, 2, length, 64), torch.randn(2, 4, length, 64)
+        growing.append(k, v)
+        fixed.append(k, v)
+        assert torch.equal(growing.attend(q), fixed.attend(q))
+    assert growing.length == int(fixed.length) == 642
+    growing.crop(2)
+    fixed.crop(2)
+    growing.select(torch.tensor([1, 1, 0]))
+    fixed.select(torch.tensor([1, 1, 0]))
+    q = torch.randn(3, 4, 1, 64)
+    assert torch.equal(growing.attend(q), fixed.attend(q)) and growing.length == 640
+    growing.clear()
+    fixed.clear()
+    assert growing.length == int(fixed.length) == 0 and growing.nbytes == 0
+
+
+def test_half_the_bytes() -> None:
+    cache = KVCache("fp8")
+    k = torch.randn(1, 8, 8192, 128, dtype=torch.bfloat16)
+    cache.append(k, k)
+    assert cache.nbytes <= 0.52 * 2 * k.nbytes
+    small = KVCache("int4")
+    small.append(k, k)
+    assert small.nbytes <= 0.32 * 2 * k.nbytes
+
+
+def test_pages_are_as_good_as_one_piece() -> None:
+    torch.manual_seed(0)
+    cache, lengths = PagedKVCache(40, 2, 64, page=32), (100, 7, 33)
+    whole = {}
+    names = [cache.add() for _ in lengths]
+    for _ in range(3):  # in turns, so that pages of sequences interleave
+        for name, length in zip(names, lengths, strict=True):
+            k, v = torch.randn(1, 2, length, 64), torch.randn(1, 2, length, 64)
+            cache.append([name], k, v)
+            whole.setdefault(name, KVCache("fp8")).append(k, v)
+    q = torch.randn(3, 4, 5, 64)
+    out = cache.attend(names, q)
+    for i, name in enumerate(names):
+        assert torch.equal(out[i : i + 1], whole[name].attend(q[i : i + 1]))
+    free = len(cache.free)
+    cache.remove(names[0])
+    assert len(cache.free) == free + 10
+    with pytest.raises(LayoutError, match=r"pages of 32 tokens are needed, .* are free"):
+        cache.append([names[1]], torch.randn(1, 2, 4000, 64), torch.randn(1, 2, 4000, 64))
+    assert cache.lengths[names[1]] == 21 and torch.equal(cache.attend(names[1:2], q[1:2]), out[1:2])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    cache = KVCache("fp8", capacity=20)
+    k = torch.randn(1, 2, 20, 64)
+    cache.append(k, k)
+    with pytest.raises(LayoutError, match="larger capacity"):
+        cache.append(torch.randn(1, 2, 13, 64), torch.randn(1, 2, 13, 64))
+    with pytest.raises(LayoutError, match="one cache for each batch"):
+        KVCache("fp8", capacity=40).append(torch.randn(1, 2, 3, 64), torch.randn(1, 2, 4, 64))
+    with pytest.raises(FormatError, match="cannot hold keys and values"):
+        KVCache("Q4_K")
+    with pytest.raises(LayoutError, match="larger capacity"):
+        bad = torch.tensor([[7]], dtype=torch.int32)
+        ops.kv_write(cache.keys, cache.values, k, k, torch.tensor([0]), bad, cache.schemes[0].key, cache.schemes[1].key)
+
+
+def test_e5m2_is_warned_of_with_what_it_costs() -> None:
+    kv_cache._warn_of_short_mantissa.cache_clear()
+    with pytest.warns(UserWarning, match=r"fp8_e5m2 keeps normal values to 2\d\.\d dB; fp8_e4m3 keeps them to 3\d\.\d dB"):
+        KVCache("fp8_e5m2")
+
+
+# Accuracy ----------------------------------------------------------------------------------------------------------------
+
+
+def outliers(*shape: int) -> torch.Tensor:
+    """Normal, with three channels of twenty times the size, as real keys have, and rare single values."""
+    x = torch.randn(*shape)
+    x[..., [3, 17, 40]] *= 20
+    return torch.where(torch.rand(shape) < 1e-3, 30 * x, x)
+
+
+@pytest.mark.parametrize("kind,bound", [("fp8", 4e-2), ("int8", 1.2e-2)])
+def test_error_does_not_grow_with_length(kind: str, bound: float) -> None:
+    """Against float64 attention over the keys and values themselves."""
+    torch.manual_seed(0)
+    worst = {}
+    for length in (1, 40, 1000, 32768):
+        k, v, q = torch.randn(1, 2, length, 64), torch.randn(1, 2, length, 64), torch.randn(1, 4, 1, 64)
+        cache = KVCache(kind)
+        cache.append(k, v)
+        worst[length] = relative(cache.attend(q), reference(q, k.double(), v.double(), torch.tensor([length - 1])))
+    assert max(worst.values()) <= bound, worst
+    assert worst[32768] <= 1.3 * max(worst[40], worst[1000]), worst
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("length", [32768, 131072])
+def test_a_needle_is_found(kind: str, length: int) -> None:
+    """A key that its query points at among ``length`` others: bf16 attention gives its value, and so does the cache."""
+    torch.manual_seed(1)
+    k, v = torch.randn(1, 1, length, 64), torch.randn(1, 1, length, 64)
+    needles = torch.randint(0, length - 1, (8,))
+    q = k[0, 0, needles] * 4
+    cache = KVCache(kind)
+    cache.append(k.bfloat16(), v.bfloat16())
+    for i, needle in enumerate(needles):
+        found = cache.attend(q[i].view(1, 1, 1, 64).bfloat16())[0, 0, 0].float()
+        exact = (q[i].bfloat16().float() @ k[0, 0].bfloat16().float().T / 8).softmax(0) @ v[0, 0].bfloat16().float()
+        assert torch.cosine_similarity(exact, v[0, 0, needle], dim=0) > 0.99
+        assert torch.cosine_similarity(found, v[0, 0, needle], dim=0) > 0.98
+        assert (found @ v[0, 0].T).argmax() == needle

@@ -1,0 +1,194 @@
+"""Packed keys and values inside Hugging Face models: one option, ``generate`` in all its ways, other attention than Llama's."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
+
+from qcompile import kv_cache
+from qcompile.errors import OptionError
+from qcompile.hf_cache import PackedDynamicLayer, PackedLayer, PackedStaticLayer, packed_, switch_
+
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 96}  # fmt: skip
+PADDED = torch.ones(2, 21, dtype=torch.long)
+PADDED[0, :5] = 0
+SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def llama(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def prompt() -> torch.Tensor:
+    return torch.randint(1, 96, (2, 21), generator=torch.Generator().manual_seed(3))
+
+
+def generated(model: LlamaForCausalLM, **settings: Any) -> Any:
+    return model.generate(prompt(), attention_mask=PADDED, return_dict_in_generate=True, **SETTINGS, **settings)
+
+
+@pytest.mark.parametrize("cache,kind", [("dynamic", PackedDynamicLayer), ("static", PackedStaticLayer)])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_one_option_packs_the_caches_of_generate(cache: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call too; one graph for the prompt and one for every step, also while the cache grows; left padding."""
+    monkeypatch.setattr(kv_cache, "GROWTH", 64)
+    expected = generated(switch_(llama(), "fp8")).sequences
+    model = llama()
+    model.forward = torch.compile(model.forward, backend="qcompile", options={"policy": "float", "kv_cache": "fp8"})
+    for _ in range(2):
+        out = generated(model, cache_implementation=cache)
+        assert all(type(layer) is kind for layer in out.past_key_values.layers)
+        assert torch.equal(out.sequences, expected)
+        assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_growing_cache_needs_no_graph_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for the first length, one for all, and up to three when it has grown twice; then none, as often as it grows."""
+    monkeypatch.setattr(kv_cache, "GROWTH", 32)
+    model = switch_(LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": 1})).eval(), "fp8")
+    step = torch.compile(model, backend="qcompile", options={"policy": "float", "kv_cache": "fp8"})
+    cache = DynamicCache(config=model.config)
+    packed_(cache, "fp8")
+    model(prompt(), past_key_values=cache)
+    graphs = {}
+    while cache.get_seq_length() < 260:  # room for 32, 48, 80, 128, 192, 288
+        step(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+        graphs[cache.get_seq_length()] = counters["stats"]["unique_graphs"]
+    assert graphs[31] == 2 and graphs[81] <= 5 and graphs[260] == graphs[81], graphs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", [
+    lambda: llama(),
+    lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).eval(),
+    lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, sliding_window=8, attn_logit_softcapping=5.0, query_pre_attn_scalar=64,
+                                           attn_implementation="eager")).eval(),
+], ids=["llama", "mistral", "gemma2"])  # fmt: skip
+@pytest.mark.parametrize("static", [False, True])
+def test_logits_are_those_of_the_float_cache(model: Any, static: bool) -> None:
+    """Prompt with padding, then a few tokens at a time: window, softcap, groups of queries; against the model's own attention."""
+    model = model()
+    ids = torch.randint(1, 96, (2, 33), generator=torch.Generator().manual_seed(3))
+    seen = F.pad(PADDED, (0, 12), value=1)
+
+    def logits(model: Any, pack: bool) -> torch.Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=33) if static else DynamicCache(config=model.config)
+        if pack:
+            packed_(cache, "int8")
+            assert all(isinstance(layer, PackedLayer) for layer in cache.layers)
+        found = [model(ids[:, a:b], attention_mask=seen[:, :b], past_key_values=cache).logits
+                 for a, b in ((0, 21), (21, 22), (22, 23), (23, 28), (28, 33))]  # fmt: skip
+        return torch.cat(found, 1)[:, 5:]
+
+    theirs = logits(model, pack=False)
+    ours = logits(switch_(model, "int8"), pack=True)
+    assert ((ours - theirs).norm(dim=-1) <= 0.02 * theirs.norm(dim=-1)).all()
+
+
+def test_beams_reorder_packed_sequences() -> None:
+    model = llama()
+    out = generated(switch_(copy.deepcopy(model), "int8"), num_beams=3)
+    assert torch.equal(out.sequences, generated(model, num_beams=3).sequences)
+
+
+def test_assisted_decoding_crops() -> None:
+    """A draft of another model: what it guesses wrong is forgotten by the packed cache."""
+    model, draft = switch_(llama(), "int8"), llama(seed=1)
+    ids = prompt()[1:]
+    alone = model.generate(ids, attention_mask=torch.ones_like(ids), **SETTINGS)
+    assisted = model.generate(ids, attention_mask=torch.ones_like(ids), assistant_model=draft, **SETTINGS)
+    assert torch.equal(alone, assisted)
+
+
+def test_a_cache_under_way_is_taken_over() -> None:
+    model = llama()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache)
+        exact = copy.deepcopy(cache)
+        packed_(cache, ("fp8", "int8"))
+        switch_(model, "fp8")
+        token = torch.ones(2, 1, dtype=torch.long)
+        ours, theirs = model(token, past_key_values=cache).logits, llama()(token, past_key_values=exact).logits
+    assert (ours - theirs).norm() <= 0.03 * theirs.norm()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_other_models_are_refused() -> None:
+    layer = torch.compile(torch.nn.Linear(8, 8), backend="qcompile", options={"kv_cache": "fp8"})
+    with pytest.raises(OptionError, match="no Hugging Face model; use qcompile.KVCache"):
+        layer(torch.zeros(2, 8))
+    with pytest.raises(OptionError, match="give one format, or"):
+        torch.compile(llama(), backend="qcompile", options={"kv_cache": ("fp8", "int8", "int4")})(prompt())
+
+
+def test_no_decoded_copy_of_a_cache_is_allocated() -> None:
+    """Of all tensors that a step allocates, none is as large as a head's decoded keys."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(out):
+                if isinstance(t, torch.Tensor) and t._base is None:
+                    Sizes.largest = max(Sizes.largest, t.nbytes)
+            return out
+
+    cache = kv_cache.KVCache("fp8", capacity=4096)
+    k = torch.randn(1, 2, 4000, 64)
+    cache.append(k, k)
+    with Sizes():
+        cache.append(k[:, :, :1], k[:, :, :1])
+        cache.attend(torch.randn(1, 8, 1, 64))
+    assert 0 < Sizes.largest <= 8 * 64 * 4
+
+
+# The trained decoder --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_trained_decoder_keeps_its_perplexity() -> None:
+    """Every token attends to packed keys and values: within 0.5 % for fp8 and int8, 1 % for int4; most likely tokens agree."""
+    model = models.trained_decoder()[0].bfloat16()
+    ids = models._decoder_ids()
+    rows = ids[torch.linspace(0, len(ids) - 257, 16).long()[:, None] + torch.arange(257)]
+
+    def seen(formats: Any) -> tuple[float, torch.Tensor]:
+        loss, best = 0.0, []
+        for group in rows.split(8):
+            cache = DynamicCache(config=model.config)
+            if formats is not None:
+                packed_(cache, formats)
+            logits = model(group[:, :-1].contiguous(), past_key_values=cache).logits.float()
+            loss += float(F.cross_entropy(logits.flatten(0, 1), group[:, 1:].flatten()))
+            best.append(logits.argmax(-1))
+        return math.exp(loss / 2), torch.cat(best)
+
+    perplexity, tokens = seen(None)
+    switch_(model, "fp8")
+    for formats, allowed, agreement in (("fp8", 0.005, 0.97), ("int8", 0.005, 0.985), ("int4", 0.01, 0.93)):
+        found, own = seen(formats)
+        assert abs(found / perplexity - 1) <= allowed, (formats, found, perplexity)
+        assert float((own == tokens).float().mean()) >= agreement, formats
