@@ -37,7 +37,7 @@ def source(keys: FormatSpec, values: FormatSpec) -> str:
     before = "\n".join((folder / name).read_text() for name in (*_HEADERS, "cache.h"))
     structs = "\n".join(f"namespace {name} {{\n{format_struct(Scheme(spec))}\n{cache_struct(spec)}\n}}\n"
                         for name, spec in (("keys", keys), ("values", values)))  # fmt: skip
-    after = "\n".join((folder / name).read_text() for name in ("rows.h", "attend.h"))
+    after = "\n".join((folder / name).read_text() for name in ("rows.h", "queries.h", "attend.h"))
     return f"{before}\n{structs}\n{after}\n{_exports(keys, values)}"
 
 

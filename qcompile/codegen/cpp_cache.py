@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..formats.algebra import gen_table, linear_gen
+from ..formats.algebra import codebook_of_gen, gen_table, linear_gen
 from ..formats.codes import borders_of
 from ..formats.ranges import range_planes
 from ..formats.spec import ROW, FormatSpec, Part, Plane
@@ -18,6 +18,9 @@ def cache_struct(spec: FormatSpec) -> str:
     limits, patterns = borders_of(tuple(table.tolist()), linear is not None or any(b.minifloat for b in spec.codebooks))
     finite = table[torch.isfinite(table)]
     step, base = linear if linear is not None else (1.0, 0.0)
+    book = codebook_of_gen(spec)
+    shape = book.minifloat if book is not None and book.cast is not None else None
+    bias = 2 ** (shape[0] - 1) - 1 if shape is not None else 0
     half = 1 << (len(patterns) - 1).bit_length() - 1
     kind = "NO_ZERO" if zero is None else "ZERO_POINT" if zero.is_integer else "ADDED"
     body = [
@@ -26,6 +29,8 @@ def cache_struct(spec: FormatSpec) -> str:
         f"static constexpr bool EVEN_STEPS = {'true' if linear is not None else 'false'};",
         f"static constexpr float STEP = {float_literal(step)}, BASE = {float_literal(float(finite.min()) if linear else base)};",
         f"static constexpr float LEAST = {float_literal(float(finite.min()))}, MOST = {float_literal(float(finite.max()))};",
+        f"static constexpr int MANTISSA = {shape[1] if shape is not None else 0}, BIAS = {bias};  // of a float with a sign; 0: none",
+        f"static constexpr float SMALLEST = {float_literal(2.0 ** (1 - bias))};  // normal number of it",
         f"static constexpr float BORDERS[] = {{{', '.join(float_literal(b) for b in limits.tolist())}}};",
         f"static constexpr uint8_t PATTERNS[] = {{{', '.join(map(str, patterns.tolist()))}}};",
         _store_float("store_scale", scale),

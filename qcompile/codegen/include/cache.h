@@ -11,17 +11,52 @@ struct Append {
   int dtype, threads;
 };
 
-// The pattern whose value is nearest to v.
+// Patterns of a float with sign, M mantissa bits and exponents of this bias, nearest to v, ties to even: as normal numbers by
+// rounding the bits of a float32, as subnormal ones by counting their quantum.
 template <class Q>
-QC_INLINE int nearest_code(float v) {
+QC_INLINE vi minifloat_codes(vf v) {
+  constexpr int M = Q::MANTISSA;
+  const vi bits = bits_as<int32_t>(v), sign = shift_right(bits, 24) & 0x80;
+  const vf most = splat(Q::MOST), size = bits_as<float>(bits & 0x7fffffff);
+  const vf held = select(above(most, size), size, most);
+  const vi low = shift_right(bits_as<int32_t>(held), 23 - M) & 1;
+  const vi normal = shift_right(bits_as<int32_t>(held) + splat((1 << (22 - M)) - 1) + low, 23 - M) - ((127 - Q::BIAS) << M);
+  const float quantum = (float)(1 << (Q::BIAS - 1 + M));
+  const vi small = bits_as<int32_t>(held * quantum + splat(8388608.0f)) - splat(0x4b000000);
+  const vi is_small = above(splat(Q::SMALLEST), held);
+  return bits_as<int32_t>(select(is_small, bits_as<float>(small), bits_as<float>(normal))) | sign;
+}
+
+// Patterns whose values are nearest to v; NaN gives any.
+template <class Q>
+QC_INLINE vi nearest_codes(vf v) {
   if constexpr (Q::EVEN_STEPS) {
-    const float at = nearbyintf((v - Q::BASE) / Q::STEP);
-    const float held = at > 0.0f ? at < Q::COUNT - 1 ? at : (float)(Q::COUNT - 1) : 0.0f;  // NaN: the first
-    return Q::PATTERNS[(int)held];
+    const vf at = larger((v - Q::BASE) * (1.0f / Q::STEP), splat(0.0f)), top = splat((float)(Q::COUNT - 1));
+    const vf held = select(above(top, at), at, top);
+    return (bits_as<int32_t>(held + splat(8388608.0f)) - splat(0x4b000000)) ^ (int32_t)Q::PATTERNS[0];
+  } else if constexpr (Q::MANTISSA > 0) {
+    return minifloat_codes<Q>(v);
+  } else {
+    float lanes[LANES];
+    int32_t codes[LANES];
+    store(lanes, v);
+    for (int l = 0; l < LANES; ++l) {
+      int low = 0;
+      for (int step = Q::HALF; step; step /= 2) low += low + step < Q::COUNT && lanes[l] > Q::BORDERS[low + step - 1] ? step : 0;
+      codes[l] = Q::PATTERNS[low];
+    }
+    return load(codes);
   }
-  int low = 0;
-  for (int step = Q::HALF; step; step /= 2) low += low + step < Q::COUNT && v > Q::BORDERS[low + step - 1] ? step : 0;
-  return Q::PATTERNS[low];
+}
+
+QC_INLINE void store_bytes(uint8_t* to, vi a) {
+#if defined(QC_AVX512)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)a.p[0]));
+#else
+  int32_t lanes[LANES];
+  store(lanes, a);
+  for (int l = 0; l < LANES; ++l) to[l] = (uint8_t)lanes[l];
+#endif
 }
 
 template <class S>
@@ -38,7 +73,15 @@ QC_INLINE float stored_float(S* to, float value) {  // what is read back
 template <class Q>
 QC_INLINE void quantize_group(const float* x, int64_t count, const typename Q::Planes& a, int64_t k, int lane, uint8_t* codes) {
   float low = Q::ZERO == ADDED ? x[0] : 0.0f, high = low;
-  for (int64_t i = 0; i < count; ++i) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+  vf least = splat(low), most = splat(high);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const vf part = load(x + i);
+    least = select(above(least, part), part, least), most = larger(part, most);
+  }
+  for (; i < count; ++i) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+  const float beneath = -largest_lane(splat(0.0f) - least), over = largest_lane(most);
+  low = beneath < low ? beneath : low, high = over > high ? over : high;
   float wanted;
   if (Q::ZERO == NO_ZERO) {
     const float up = high / Q::MOST, down = Q::LEAST < 0.0f ? low / Q::LEAST : 0.0f;
@@ -50,7 +93,7 @@ QC_INLINE void quantize_group(const float* x, int64_t count, const typename Q::P
   float offset = 0.0f;
   if constexpr (Q::ZERO == ZERO_POINT) offset = Q::store_zero(a, k, lane, Q::LEAST - low / scale);
   if constexpr (Q::ZERO == ADDED) offset = -Q::store_zero(a, k, lane, low - Q::LEAST * scale) / scale;
-  for (int64_t i = 0; i < count; ++i) codes[i] = (uint8_t)nearest_code<Q>(x[i] / scale + offset);
+  for (int64_t i = 0; i < count; i += LANES) store_bytes(codes + i, nearest_codes<Q>(load(x + i) / splat(scale) + offset));
 }
 
 // Returns false, having written nothing, when the tokens do not lie in pages that exist.
@@ -61,8 +104,10 @@ static bool append(const Append& job, const typename Q::Planes& planes) {
     if (job.pages.start[b] < 0) return false;
 #pragma omp parallel num_threads(job.threads)
   {
-    float* row = (float*)aligned_alloc(64, (size_t)job.padded * 8);
-    uint8_t* codes = (uint8_t*)(row + job.padded);
+    // A group that is no multiple of a vector is read, and its codes written, a little beyond its end.
+    float* row = (float*)aligned_alloc(64, (size_t)(job.padded + LANES) * 8);
+    uint8_t* codes = (uint8_t*)(row + job.padded + LANES);
+    store(row + job.padded, splat(0.0f));
 #pragma omp for
     for (int64_t i = 0; i < job.batch * job.heads * job.length; ++i) {
       const int64_t b = i / job.length / job.heads, h = i / job.length % job.heads, l = i % job.length;
