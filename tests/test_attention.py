@@ -181,6 +181,15 @@ def test_write_rounds_to_nearest(name: str) -> None:
     assert (found[0, 0, 3] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["fp8_e4m3", "int8", "int4_g32", "int4_zp_g32"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_visible(name: str, bad: float) -> None:
+    k = torch.randn(1, 1, 16, 64)
+    k[0, 0, 3, 5] = bad
+    found = decoded(name, filled(name, name, k, k, 16)[0], 64)[0, 0]
+    assert found[3, 5].isnan() and found[[0, 1, 2, *range(4, 16)]].isfinite().all()
+
+
 def test_tokens_arrive_in_any_portions() -> None:
     torch.manual_seed(0)
     k, v = torch.randn(2, 2, 60, 64), torch.randn(2, 2, 60, 64)

@@ -69,17 +69,18 @@ QC_INLINE float stored_float(S* to, float value) {  // what is read back
 
 // Scale, zero point or offset, and codes of one group of `count` weights. Without a zero the larger extreme meets that of the
 // table; with a zero point the range from the least to the largest, zero included, meets the table's; with an offset the same
-// without zero.
+// without zero. An element that is not finite makes its group NaN.
 template <class Q>
 QC_INLINE void quantize_group(const float* x, int64_t count, const typename Q::Planes& a, int64_t k, int lane, uint8_t* codes) {
   float low = Q::ZERO == ADDED ? x[0] : 0.0f, high = low;
-  vf least = splat(low), most = splat(high);
+  vf least = splat(low), most = splat(high), nothing = splat(0.0f);
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
     const vf part = load(x + i);
-    least = select(above(least, part), part, least), most = larger(part, most);
+    least = select(above(least, part), part, least), most = larger(part, most), nothing = nothing + part * 0.0f;
   }
-  for (; i < count; ++i) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+  float bad = sum_of_lanes(nothing);  // NaN if any element is NaN or infinite: so becomes the scale
+  for (; i < count; ++i) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high, bad += x[i] * 0.0f;
   const float beneath = -largest_lane(splat(0.0f) - least), over = largest_lane(most);
   low = beneath < low ? beneath : low, high = over > high ? over : high;
   float wanted;
@@ -89,7 +90,7 @@ QC_INLINE void quantize_group(const float* x, int64_t count, const typename Q::P
   } else {
     wanted = (high - low) / (Q::MOST - Q::LEAST);
   }
-  const float scale = Q::store_scale(a, k, lane, wanted > 0.0f ? wanted : 1.0f);
+  const float scale = Q::store_scale(a, k, lane, bad == 0.0f ? wanted > 0.0f ? wanted : 1.0f : NAN);
   float offset = 0.0f;
   if constexpr (Q::ZERO == ZERO_POINT) offset = Q::store_zero(a, k, lane, Q::LEAST - low / scale);
   if constexpr (Q::ZERO == ADDED) offset = -Q::store_zero(a, k, lane, low - Q::LEAST * scale) / scale;
