@@ -29,7 +29,7 @@ def cache_struct(spec: FormatSpec) -> str:
         f"static constexpr bool EVEN_STEPS = {'true' if linear is not None else 'false'};",
         f"static constexpr float STEP = {float_literal(step)}, BASE = {float_literal(float(finite.min()) if linear else base)};",
         f"static constexpr float LEAST = {float_literal(float(finite.min()))}, MOST = {float_literal(float(finite.max()))};",
-        f"static constexpr int MANTISSA = {shape[1] if shape is not None else 0}, BIAS = {bias};  // of a float with a sign; 0: none",
+        f"static constexpr int MANTISSA = {shape[1] if shape is not None else 0}, BIAS = {bias};  // of a float; 0: it is none",
         f"static constexpr float SMALLEST = {float_literal(2.0 ** (1 - bias))};  // normal number of it",
         f"static constexpr float BORDERS[] = {{{', '.join(float_literal(b) for b in limits.tolist())}}};",
         f"static constexpr uint8_t PATTERNS[] = {{{', '.join(map(str, patterns.tolist()))}}};",

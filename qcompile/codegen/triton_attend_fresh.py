@@ -1,0 +1,208 @@
+"""Attention over fresh keys and values in 8-bit products: skeletons of the quantizing prologue and of the attention.
+
+``fp8``: Q·Kᵀ and P·V in e4m3. ``int8``: Q·Kᵀ in int8, P·V in 16 bits. Before they are rounded, keys lose their mean over
+the tokens, which moves all scores of a query alike and so no probability (unless scores are capped); values in e4m3 lose
+theirs too, and it is added to the result, since probabilities sum to one. For int8, queries and keys are then rotated alike by
+a Hadamard matrix over 64 channels: products stay, and a channel of large values no longer makes the steps of all others
+coarse (e4m3 keeps relative precision anyway). Queries and keys have a scale per row, values one per block of tokens. Every
+block's P·V is a sum of its own, added in float32: wgmma adds e4m3 with about 14 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from . import triton_text as text
+from .triton_act import ROUND
+from .triton_attend import Axes, masked, softmax
+
+LARGEST = {"fp8": 448.0, "int8": 127.0}
+CODES = {"fp8": "tl.float8e4nv", "int8": "tl.int8"}
+LIFT = 256.0
+"""Probabilities times this are rounded to e4m3: normal numbers then reach down to 2^-14."""
+
+MAGIC = 0x4B400000
+"""The bits of 1.5·2^23: added to an integer below 2^22 in size they make the float32 1.5·2^23 + integer."""
+
+ROTATED = 64
+"""Channels that are rotated together."""
+
+WIDEST = 256
+"""Channels up to which products of int8 stay below 2^22."""
+
+
+def sums(name: str) -> str:
+    """sums[head, chunk, D] = Σ over a chunk of STEPS·BT tokens of x, in float32. Grid: chunks, sequences times heads."""
+    arguments = ("x_ptr, sums_ptr, T, HEADS, x_b, x_h, x_t, chunks, " + text.constexprs("D", "BD", "BT", "STEPS"))
+    body = [
+        "sequence = (tl.program_id(1) // HEADS).to(tl.int64)",
+        "head = (tl.program_id(1) % HEADS).to(tl.int64)",
+        "d = tl.arange(0, BD)",
+        "from_x = x_ptr + sequence * x_b + head * x_h + d[None, :]",
+        "total = tl.zeros([BT, BD], tl.float32)",
+        "for step in range(0, STEPS):",
+        "    token = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)",
+        "    inside = (token < T)[:, None] & (d < D)[None, :]",
+        "    total += tl.load(from_x + token.to(tl.int64)[:, None] * x_t, mask=inside, other=0.0).to(tl.float32)",
+        "to = sums_ptr + (tl.program_id(1).to(tl.int64) * chunks + tl.program_id(0)) * D + d",
+        "tl.store(to, tl.sum(total, 0), mask=d < D)",
+    ]
+    return text.kernel(name, arguments, body)
+
+
+def quantize(kind: str, name: str) -> str:
+    """Codes [TP, BK] and scales [TP] of a head's keys; for fp8 codes [BV, TP] of its values (tokens side by side, as the
+    matrix unit wants its right operand), one scale for a block, and their mean [DV]. Grid: blocks of BT tokens, heads."""
+    arguments = ("k_ptr, v_ptr, k_sums_ptr, v_sums_ptr, k_codes, k_scales, v_codes, v_scales, means_ptr, T, TP, HEADS, "
+                 "k_b, k_h, k_t, v_b, v_h, v_t, chunks, " + text.constexprs("D", "DV", "BK", "BV", "BT", "SMOOTH",
+                                                                            "DOT"))  # fmt: skip
+    body = [
+        "sequence = (tl.program_id(1) // HEADS).to(tl.int64)",
+        "head = (tl.program_id(1) % HEADS).to(tl.int64)",
+        "place = tl.program_id(1).to(tl.int64)",
+        "token = tl.program_id(0) * BT + tl.arange(0, BT)",
+        "inside = token < T",
+        *_loaded("k", "D", "BK"),
+        "if SMOOTH:",
+        *text.indented(_mean("k", "D", "BK"), 1),
+        "    x = tl.where(inside[:, None], x - mean[None, :], 0.0)",
+        *(_turned("BT") if kind == "int8" else ()),
+        "top = tl.max(tl.abs(x), 1)",
+        f"x = x * tl.where(top > 0.0, {LARGEST[kind]} / top, 0.0)[:, None]",
+        f"tl.store(k_scales + place * TP + token, top * {1 / LARGEST[kind]!r})",
+        f"tl.store(k_codes + (place * TP + token)[:, None] * BK + d[None, :], {_rounded(kind, 'x')})",
+        *(_values() if kind == "fp8" else ()),
+    ]
+    return text.kernel(name, arguments, body)
+
+
+def _loaded(side: str, real: str, block: str) -> Iterator[str]:
+    yield f"d = tl.arange(0, {block})"
+    yield f"from_x = {side}_ptr + sequence * {side}_b + head * {side}_h + token.to(tl.int64)[:, None] * {side}_t + d[None, :]"
+    yield f"x = tl.load(from_x, mask=inside[:, None] & (d < {real})[None, :], other=0.0).to(tl.float32)"
+
+
+def _turned(rows: str) -> Iterator[str]:
+    """``x`` [rows, BK] rotated, in another order of channels: every R channels, BK/R apart (so that padding is shared out),
+    times ±1, the parity of the bits that two of them share. Σ over channels of the product of two such rows grows R times."""
+    yield f"R: tl.constexpr = {ROTATED} if BK >= {ROTATED} else BK"
+    yield "bits = tl.arange(0, R)[:, None] & tl.arange(0, R)[None, :]"
+    yield from (f"bits = bits ^ (bits >> {shift})" for shift in (4, 2, 1))
+    yield "signs = (1.0 - 2.0 * (bits & 1).to(tl.float32)).to(DOT)"
+    yield f"x = tl.permute(tl.reshape(x, [{rows}, R, BK // R]), 0, 2, 1)"
+    yield f"x = tl.reshape(tl.dot(tl.reshape(x, [{rows} * BK // R, R]).to(DOT), signs), [{rows}, BK])"
+
+
+def _mean(side: str, real: str, block: str) -> Iterator[str]:
+    """``mean`` [block] of a head, from the sums of its chunks in their order."""
+    yield f"mean = tl.zeros([{block}], tl.float32)"
+    yield "for chunk in range(0, chunks):"
+    yield f"    mean += tl.load({side}_sums_ptr + (place * chunks + chunk) * {real} + d, mask=d < {real}, other=0.0)"
+    yield "mean = mean / T"
+
+
+def _rounded(kind: str, name: str) -> str:
+    return f"{name}.to(tl.float8e4nv)" if kind == "fp8" else f"(({name} + {ROUND}) - {ROUND}).to(tl.int8)"
+
+
+def _values() -> Iterator[str]:
+    yield from _loaded("v", "DV", "BV")
+    yield from _mean("v", "DV", "BV")
+    yield "x = tl.where(inside[:, None], x - mean[None, :], 0.0)"
+    yield "top = tl.max(tl.max(tl.abs(x), 1), 0)"
+    yield "x = x * tl.where(top > 0.0, 448.0 / top, 0.0)"
+    yield f"tl.store(v_scales + place * (TP // BT) + tl.program_id(0), top * {1 / 448.0 / LIFT!r})"
+    # Tokens 16h + 8a + 2c + b stand at 16h + 4c + 2a + b: a thread's scores of a token block are then what it multiplies.
+    yield "stands = token // 16 * 16 + token % 8 // 2 * 4 + token % 16 // 8 * 2 + token % 2"
+    yield "to = v_codes + (place * BV + d)[:, None] * TP + stands[None, :]"
+    yield "tl.store(to, tl.trans(x).to(tl.float8e4nv))"
+    yield "if tl.program_id(0) == 0:"
+    yield "    tl.store(means_ptr + place * DV + d, mean, mask=d < DV)"
+
+
+def fresh(kind: str, name: str) -> str:
+    """out = softmax(scores)·V. Grid: blocks of BM queries, sequences times query heads (GROUP of them to a key-value head)."""
+    arguments = ("q_ptr, k_codes, k_scales, v_ptr, v_codes, v_scales, means_ptr, mask_ptr, out_ptr, L, T, TP, HEADS, start, "
+                 "q_b, q_h, q_l, v_b, v_h, v_t, mask_b, mask_h, mask_l, mask_t, mask_tokens, factor, cap, window, "
+                 + text.constexprs("D", "DV", "BK", "BV", "GROUP", "BM", "BN", "STAGES", "CAUSAL", "MASK", "CAPPED", "WINDOW",
+                                   "DOT"))  # fmt: skip
+    axes = Axes(False)
+    body = [
+        *_queries(kind), *_range(),
+        "acc = tl.zeros([BM, BV], tl.float32)",
+        'most = tl.full([BM], float("-inf"), tl.float32)',
+        "total = tl.zeros([BM], tl.float32)",
+        "for step in tl.range(begin, end, num_stages=STAGES):",
+        *text.indented([*_scores(kind), *masked(axes), *softmax(axes), *_product(kind)], 1),
+        "out = acc * tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]",
+        *(_with_mean() if kind == "fp8" else ()),
+        "to = out_ptr + ((sequence * HEADS * GROUP + query_head) * L + m)[:, None] * DV + channel[None, :]",
+        "tl.store(to, out.to(out_ptr.dtype.element_ty), mask=(m < L)[:, None] & (channel < DV)[None, :])",
+    ]  # fmt: skip
+    return text.kernel(name, arguments, body)
+
+
+def _queries(kind: str) -> Iterator[str]:
+    """``q`` [BM, BK] as codes and ``q_factor`` [BM], its scale times that of scores."""
+    yield "sequence = (tl.program_id(1) // (HEADS * GROUP)).to(tl.int64)"
+    yield "query_head = (tl.program_id(1) % (HEADS * GROUP)).to(tl.int64)"
+    yield "place = sequence * HEADS + query_head // GROUP"
+    yield "first_m = tl.program_id(0) * BM"
+    yield "m = first_m + tl.arange(0, BM)"
+    yield "query = tl.minimum(m, L - 1)"
+    yield "position = start + query"
+    yield "d = tl.arange(0, BK)"
+    yield "channel = tl.arange(0, BV)"
+    yield "from_q = q_ptr + sequence * q_b + query_head * q_h + query.to(tl.int64)[:, None] * q_l + d[None, :]"
+    yield "x = tl.load(from_q, mask=(d < D)[None, :], other=0.0).to(tl.float32)"
+    yield from _turned("BM") if kind == "int8" else ()
+    yield "top = tl.max(tl.abs(x), 1)"
+    yield f"x = x * tl.where(top > 0.0, {LARGEST[kind]} / top, 0.0)[:, None]"
+    yield f"q = {_rounded(kind, 'x')}"
+    yield f"q_factor = top * (factor * {1 / LARGEST[kind]!r}{' / R' if kind == 'int8' else ''})"
+    yield "mask_at = sequence * mask_b + query_head * mask_h + query.to(tl.int64) * mask_l"
+
+
+def _range() -> Iterator[str]:
+    yield "high = tl.minimum(T, mask_tokens)"
+    yield "if CAUSAL:"
+    yield "    high = tl.minimum(high, start + tl.minimum(first_m + BM, L))"
+    yield "begin = 0"
+    yield "if WINDOW:"
+    yield "    begin = tl.maximum(start + first_m - window + 1, 0) // BN"
+    yield "end = tl.maximum((high + BN - 1) // BN, begin)"
+
+
+def _scores(kind: str) -> Iterator[str]:
+    yield "token = step * BN + tl.arange(0, BN)"
+    yield "kept = token < high"
+    yield "k = tl.load(k_codes + (place * TP + token)[:, None] * BK + d[None, :])"
+    yield "k_scale = tl.load(k_scales + place * TP + token)"
+    if kind == "fp8":
+        yield "s = tl.dot(q, tl.trans(k))"
+    else:
+        yield f"if BK <= {WIDEST}:"
+        yield f"    s = tl.dot(q, tl.trans(k), tl.full([BM, BN], {MAGIC}, tl.int32), out_dtype=tl.int32)"
+        yield f"    s = s.to(tl.float32, bitcast=True) - {ROUND}"
+        yield "else:"
+        yield "    s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)"
+    yield "s = s * q_factor[:, None] * k_scale[None, :]"
+
+
+def _product(kind: str) -> Iterator[str]:
+    if kind == "fp8":
+        yield "v = tl.load(v_codes + (place * BV + channel)[:, None] * TP + token[None, :])"
+        yield "v_scale = tl.load(v_scales + place * (TP // BN) + step)"
+        yield "p = tl.permute(tl.reshape(p, [BM, BN // 16, 2, 4, 2]), 0, 1, 3, 2, 4)"
+        yield f"some = tl.dot(tl.reshape(p * {LIFT}, [BM, BN]).to(tl.float8e4nv), tl.trans(v))"
+        yield "acc = acc * alpha[:, None] + some * v_scale"
+        return
+    yield "inside = (token < T)[:, None] & (channel < DV)[None, :]"
+    yield "from_v = v_ptr + sequence * v_b + (query_head // GROUP) * v_h + token.to(tl.int64)[:, None] * v_t + channel[None, :]"
+    yield "v = tl.load(from_v, mask=inside, other=0.0).to(DOT)"
+    yield "acc = tl.dot(p.to(DOT), v, acc * alpha[:, None])"
+
+
+def _with_mean() -> Iterator[str]:
+    yield "mean = tl.load(means_ptr + place * DV + channel, mask=channel < DV, other=0.0)"
+    yield "out = tl.where((total > 0.0)[:, None], out + mean[None, :], 0.0)"

@@ -1,0 +1,175 @@
+"""Attention over fresh queries, keys and values in 8-bit products: launches of what :mod:`.triton_attend_fresh` prints."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..errors import KernelBuildError
+from ..target import Target
+from . import triton_attend_fresh as text
+from .triton_attend_launch import LOG2E, Mask, power_of_two, target_of
+from .triton_attend_tiles import AttendTile, prefill_tile
+from .triton_launch import ceil, options
+from .triton_load import content_hash, interpreting, load
+from .triton_text import module
+
+CHUNK = 512
+"""Tokens whose sum one program takes."""
+
+TOKENS = 32
+"""Tokens that it takes at a time."""
+
+OPERANDS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "bfloat16"}
+"""What probabilities and values are multiplied in, where not in e4m3."""
+
+
+@functools.cache
+def triton_prefill(kind: str) -> TritonPrefill:
+    """The kernels of ``kind`` "fp8" or "int8". Raises :class:`~qcompile.errors.KernelBuildError` for another."""
+    if kind not in text.LARGEST:
+        raise KernelBuildError(f"no attention kernel computes in {kind!r}; use 'fp8' or 'int8'")
+    return TritonPrefill(kind)
+
+
+class TritonPrefill:
+    """Softmax attention in 8-bit products on CUDA, or under Triton's interpreter on the CPU."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def variant(self, target: Target) -> str:
+        """What runs on ``target``: "fp8", or "int8" where that was asked for or matrix units have no e4m3 (sm_80)."""
+        return "fp8" if self.kind == "fp8" and target.computes_fp8 else "int8"
+
+    @functools.cached_property
+    def sources(self) -> dict[str, str]:
+        """The text of the kernels of each variant."""
+        found = {}
+        for kind in ("fp8", "int8"):
+            kernels = [text.sums(f"sums_{kind}"), text.quantize(kind, f"quantize_{kind}"), text.fresh(kind, f"fresh_{kind}")]
+            tag = content_hash("".join(kernels))[:8]
+            found[kind] = module(f"{kind} attention", [k.replace(f"_{kind}(", f"_{kind}_{tag}(", 1) for k in kernels], False)
+        return found
+
+    def module(self, variant: str) -> ModuleType:
+        return load(self.sources[variant])
+
+    def kernel(self, variant: str, name: str) -> Any:
+        """The jitted function sums, quantize or fresh of ``variant``."""
+        loaded = self.module(variant)
+        return next(getattr(loaded, n) for n in vars(loaded) if n.startswith(f"{name}_{variant}_"))
+
+    def prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = True,
+        scale: float | None = None, softcap: float = 0.0, window: int = 0, start: int = 0, *, tile: AttendTile | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attention of ``q`` [B, Hq, L, D] over ``k`` [B, H, T, D] and ``v`` [B, H, T, Dv]: ``[B, Hq, L, Dv]`` in ``q``'s dtype.
+
+        Query i stands at ``start`` + i: if ``causal`` it sees tokens up to its position, with ``window`` > 0 those above
+        position − window. ``mask``, ``scale``, ``softcap`` as for :meth:`.TritonAttention.attend`. Queries that see nothing
+        give zeros. ``tile`` overrides the table's choice.
+        """
+        target = self._target(q)
+        if q.dtype not in OPERANDS:
+            raise KernelBuildError(f"no Triton attention kernel for queries of {q.dtype}; use float16, bfloat16 or float32")
+        out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+        if out.numel():
+            variant, width = self.variant(target), max(power_of_two(q.shape[3]), power_of_two(v.shape[3]), 32)
+            chosen = tile or prefill_tile(q.shape[2], width)
+            q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+            with torch.cuda.device_of(q):
+                Prefill(self, variant, chosen, q, k, v).run(
+                    out, Mask.of(mask, (q.shape[0], q.shape[1], q.shape[2])), causal,
+                    q.shape[3] ** -0.5 if scale is None else scale, softcap, window, start)  # fmt: skip
+        return out
+
+    def _target(self, x: torch.Tensor) -> Target:
+        return target_of(x)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Keys and values as products take them: codes and scales by key-value head; the means of values."""
+
+    k_codes: torch.Tensor
+    k_scales: torch.Tensor
+    v_codes: torch.Tensor | None
+    v_scales: torch.Tensor | None
+    means: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One call, in ``variant``."""
+
+    kernels: TritonPrefill
+    variant: str
+    tile: AttendTile
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def run(
+        self, out: torch.Tensor, mask: Mask, causal: bool, scale: float, softcap: float, window: int, start: int
+    ) -> None:
+        """Writes ``out`` [B, Hq, L, Dv]."""
+        q, v, tile = self.q, self.v, self.tile
+        heads, tokens = self.k.shape[1:3]
+        scratch = self._quantized(smooth=softcap == 0.0)
+        self.kernels.kernel(self.variant, "fresh")[(ceil(q.shape[2], tile.queries), q.shape[0] * q.shape[1])](
+            q, scratch.k_codes, scratch.k_scales, v, scratch.v_codes, scratch.v_scales, scratch.means, mask.tensor, out,
+            q.shape[2], tokens, self._stored, heads, start, *q.stride()[:3], *v.stride()[:3], *mask.strides, mask.tokens,
+            scale / softcap if softcap else scale * LOG2E, softcap * LOG2E, window, D=q.shape[3], DV=v.shape[3],
+            BK=self._width(q), BV=self._width(v), GROUP=q.shape[1] // heads, BM=tile.queries, BN=tile.tokens,
+            STAGES=tile.stages, CAUSAL=causal, MASK=mask.kind, CAPPED=softcap > 0, WINDOW=window > 0,
+            DOT=self._operand, **options(tile),
+        )  # fmt: skip
+
+    @property
+    def _stored(self) -> int:
+        """Tokens of a head in scratch, whole blocks."""
+        return ceil(max(self.k.shape[2], 1), self.tile.tokens) * self.tile.tokens
+
+    @property
+    def _operand(self) -> Any:
+        """The type of rotations, and of P·V where that is not in e4m3."""
+        return getattr(self.kernels.module(self.variant).tl, "float32" if interpreting() else OPERANDS[self.q.dtype])
+
+    def _width(self, x: torch.Tensor) -> int:
+        return max(power_of_two(x.shape[3]), 32)
+
+    def _sums(self, x: torch.Tensor) -> torch.Tensor:
+        """Σ over chunks of tokens: ``[B·H, chunks, D]``."""
+        batch, heads, tokens, dim = x.shape
+        chunks = ceil(max(tokens, 1), CHUNK)
+        found = torch.empty(batch * heads, chunks, dim, dtype=torch.float32, device=x.device)
+        self.kernels.kernel(self.variant, "sums")[(chunks, batch * heads)](
+            x, found, tokens, heads, *x.stride()[:3], chunks, D=dim, BD=self._width(x), BT=TOKENS, STEPS=CHUNK // TOKENS,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        return found
+
+    def _quantized(self, smooth: bool) -> Scratch:
+        k, v, count = self.k, self.v, self.k.shape[0] * self.k.shape[1]
+        eight, stored = self.variant == "fp8", self._stored
+
+        def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(count, *shape, dtype=dtype, device=k.device)
+
+        codes = torch.float8_e4m3fn if eight else torch.int8
+        scratch = Scratch(
+            made(stored, self._width(k), dtype=codes), made(stored), made(self._width(v), stored, dtype=codes) if eight else None,
+            made(stored // self.tile.tokens) if eight else None, made(v.shape[3]) if eight else None,
+        )  # fmt: skip
+        self.kernels.kernel(self.variant, "quantize")[(stored // self.tile.tokens, count)](
+            k, v, self._sums(k) if smooth else None, self._sums(v) if eight else None, scratch.k_codes, scratch.k_scales,
+            scratch.v_codes, scratch.v_scales, scratch.means, k.shape[2], stored, k.shape[1], *k.stride()[:3], *v.stride()[:3],
+            ceil(max(k.shape[2], 1), CHUNK), D=k.shape[3], DV=v.shape[3], BK=self._width(k), BV=self._width(v),
+            BT=self.tile.tokens, SMOOTH=smooth, DOT=self._operand, num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+        return scratch

@@ -1,0 +1,180 @@
+"""Attention kernels on a machine without a GPU: interpreted against float64, and compiled for four targets."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qcompile.codegen import tiles
+from qcompile.codegen.triton_attend_tiles import attend_tile, parts
+from qcompile.codegen.triton_attention import check_format, triton_attention, triton_prefill
+from qcompile.errors import FormatError, KernelBuildError
+from qcompile.formats import BUILT_IN, Scheme, get
+from qcompile.formats.ranges import why_no_range
+from qcompile.target import Target
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+ARCHES = (80, 89, 90, 100)
+SIXTEEN = {80: {"HMMA"}, 89: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA"}}
+EIGHT = {80: "IMMA", 89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
+PROGRAMS = {"interpreter": ("triton_attention_interpreter.py",), "compile 0": ("triton_attention_compile.py", "--part", "0/2"),
+            "compile 1": ("triton_attention_compile.py", "--part", "1/2")}  # fmt: skip
+
+Report = list[dict]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Report]]:
+    """What the interpreter program and the compiler program (in two halves) report; all run at once, with empty caches."""
+    started = {}
+    for name, (program, *arguments) in PROGRAMS.items():
+        folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(program)), *arguments]
+        env = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "QCOMPILE_CACHE_DIR": str(folder / "sources")}
+        env.pop("TRITON_INTERPRET", None)
+        out, err = (folder / "out").open("w+"), (folder / "err").open("w+")
+        started[name] = subprocess.Popen(command, stdout=out, stderr=err, env=env), out, err
+    reports: dict[str, Report] = {}
+    for name, (process, out, err) in started.items():
+        code = process.wait(timeout=1500)
+        out.seek(0), err.seek(0)
+        assert code == 0, f"{name} ended with {code}: {err.read()[-3000:]}"
+        reports.setdefault(name.split()[0], []).extend(json.loads(line) for line in out)
+        out.close(), err.close()
+    yield reports
+
+
+def compiled(programs: dict[str, Report], *kernels: str) -> Report:
+    found = [r for r in programs["compile"] if r["kernel"] in kernels]
+    assert found, f"nothing was compiled of {kernels}"
+    return found
+
+
+def shown(reports: Report) -> str:
+    return "\n".join(map(str, reports))
+
+
+@pytest.mark.parametrize("check", ["correction", "write", "attend", "prefill", "emulation"])
+def test_interpreted_kernels_match_float64(programs: dict[str, Report], check: str) -> None:
+    done = [r for r in programs["interpreter"] if r["check"] == check]
+    assert done
+    wrong = [r for r in done if not r["error"] <= r["limit"]]
+    assert not wrong, shown(wrong)
+
+
+def test_every_kernel_was_compiled_for_every_target(programs: dict[str, Report]) -> None:
+    for kernels in (("few",), ("many",), ("merge",), ("write",), ("fp8 fresh", "int8 fresh"), ("fp8 quantize", "int8 quantize")):
+        assert {r["arch"] for r in compiled(programs, *kernels)} == set(ARCHES), kernels
+
+
+def test_nothing_spills_and_everything_fits(programs: dict[str, Report]) -> None:
+    reports = programs["compile"]
+    assert not (bad := [r for r in reports if r["spills"]]), shown(bad)
+    assert not (bad := [r for r in reports if r["shared"] > tiles.SHARED_BYTES[r["arch"]]]), shown(bad)
+    assert not (bad := [r for r in reports if not r["stores"]]), "code that stores nothing: " + shown(bad)
+    assert not (bad := [r for r in reports if r["registers"] * r["threads"] > tiles.REGISTERS_PER_BLOCK]), shown(bad)
+
+
+def test_packed_words_are_copied_sixteen_bytes_at_a_time(programs: dict[str, Report]) -> None:
+    """Unless a block of tokens has fewer for each thread: then as many as there are."""
+    reports = compiled(programs, "few", "many")
+    assert not (bad := [r for r in reports if r["copied"] < r["copyable"]]), shown(bad)
+    assert not (bad := [r for r in reports if r["kernel"] == "few" and r["arch"] < 100 and r["copied"] < 16]), shown(bad)
+    fresh = compiled(programs, "fp8 fresh", "int8 fresh")
+    assert not (bad := [r for r in fresh if r["copied"] < 16]), shown(bad)
+
+
+def test_products_use_the_matrix_units_of_their_target(programs: dict[str, Report]) -> None:
+    reports = compiled(programs, "few", "many")
+    assert not (bad := [r for r in reports if not SIXTEEN[r["arch"]] <= set(r["matrix"])]), shown(bad)
+    for r in compiled(programs, "fp8 fresh"):
+        assert r["matrix"] == [EIGHT[r["arch"]]], shown([r])
+    integer = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}
+    for r in compiled(programs, "int8 fresh"):
+        assert {integer[r["arch"]], *SIXTEEN[r["arch"]]} == set(r["matrix"]), shown([r])
+
+
+def test_rounded_probabilities_stay_in_their_registers(programs: dict[str, Report]) -> None:
+    """The order of tokens in a block of values is that in which threads hold scores: the only shuffles left are those of the
+    maxima and sums of rows, two each for each of a thread's rows."""
+    for r in compiled(programs, "fp8 fresh"):
+        if r["arch"] == 90:
+            assert r["shuffles"] <= 8, shown([r])
+
+
+def test_instructions_for_each_element(programs: dict[str, Report]) -> None:
+    """A guard against layouts that stop matching. A step of a decoded block costs a few instructions for each key and value
+    element, and the softmax of 16 or 32 queries."""
+    for r in compiled(programs, "few"):
+        if r["dtype"] != "float32":
+            assert 0 < r["loop"] <= 9.0 * r["elements"] + 900, shown([r])
+
+
+# What needs no Triton at all.
+
+
+def test_old_gpus_multiply_in_int8_where_fp8_was_asked_for() -> None:
+    prefill = triton_prefill("fp8")
+    assert [prefill.variant(Target("cuda", arch)) for arch in ("80", "86", "89", "90", "100")] == ["int8"] * 2 + ["fp8"] * 3
+    assert triton_prefill("int8").variant(Target("cuda", "90")) == "int8"
+    with pytest.raises(KernelBuildError, match="'int4'.*'fp8' or 'int8'"):
+        triton_prefill("int4")
+
+
+def test_every_format_of_rows_is_printed_or_says_why_not() -> None:
+    for spec in BUILT_IN:
+        scheme = Scheme(spec)
+        if spec.permuted or any(p.rows != 1 for p in spec.scales):
+            with pytest.raises(FormatError, match=f"{spec.name}.*; use"):
+                triton_attention(scheme, scheme)
+            continue
+        kernels = triton_attention(scheme, scheme)
+        compile(kernels.source, spec.name, "exec")
+        if why_no_range(spec) is None:
+            compile(kernels.store_source, spec.name, "exec")
+            continue
+        with pytest.raises(FormatError, match=spec.name):
+            _ = kernels.store_source
+
+
+@pytest.mark.parametrize("name,found", [
+    ("nvfp4", "shared by rows"), ("int4_zp_g128_order", "another order"), ("Q4_K", "cannot hold keys and values"),
+    ("mxfp4", "cannot hold keys and values"), ("int4_g48", "a power of two, found 48"),
+])  # fmt: skip
+def test_formats_that_tokens_cannot_be_written_in_are_named(name: str, found: str) -> None:
+    with pytest.raises(FormatError, match=f"{name}.*{found}"):
+        check_format(get(name))
+
+
+def test_names_of_kernels_are_their_own() -> None:
+    pairs = [triton_attention(Scheme(get(k)), Scheme(get(v))) for k, v in (("int8", "int8"), ("int8", "int4_g32"))]
+    texts = [dict(block.split("(", 1) for block in k.source.split("@triton.jit\ndef ")[1:]) for k in pairs]
+    for name in set(texts[0]) & set(texts[1]):
+        assert texts[0][name].strip() == texts[1][name].strip(), name
+
+
+def test_masks_and_tensors_that_no_kernel_takes_are_refused() -> None:
+    spec = get("int8")
+    kernels = triton_attention(Scheme(spec), Scheme(spec))
+    planes = [torch.zeros(1, 1, *spec.part_shape(p, 16, 64), dtype=p.dtype) for p in spec.parts]
+    with pytest.raises(KernelBuildError, match="CUDA tensors, found one on cpu"):
+        kernels.attend(torch.zeros(1, 1, 1, 64), planes, planes, torch.zeros(1, dtype=torch.int64), 1, 64)
+    with pytest.raises(KernelBuildError, match="CUDA tensors, found one on cpu"):
+        kernels.write(planes, planes, *[torch.zeros(1, 1, 1, 64)] * 2, torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("rows,left", [(1, True), (32, True), (33, False), (4096, False)])
+def test_the_table_chooses_by_queries(rows: int, left: bool) -> None:
+    assert all(attend_tile(rows, 128, arch, False, True).left == left for arch in ARCHES)
+
+
+def test_parts_fill_the_device_and_stay_long_enough() -> None:
+    assert parts(90, programs=8, blocks=512) > 16 and parts(90, programs=8, blocks=3) == 1
+    assert parts(90, programs=1000, blocks=512) == 1 and parts(90, programs=1, blocks=10**6) == 64

@@ -1,0 +1,310 @@
+"""Runs the attention kernels under Triton's interpreter and compares them with float64; a process of its own.
+
+Prints one JSON object for each case: ``check``, ``case``, ``error``, ``limit``. ``tests/test_triton_attention.py`` starts it.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton_corrections as corrections
+from triton_attention_reference import (
+    Case,
+    attention,
+    cache_of,
+    checked_casts,
+    correct_casts,
+    empty_planes,
+    garbage,
+    ranged,
+    repacked,
+    rows_of,
+    spec_of,
+)
+
+from qcompile.codegen.triton_attend_tiles import AttendTile
+from qcompile.codegen.triton_attention import triton_attention, triton_prefill
+from qcompile.formats import FormatSpec, Scheme, get, reference
+
+WRITTEN = ("fp8_e4m3", "fp8_e5m2", "int8", "int8_g64", "int4_g32", "int4_sym_g32", "int4_zp_g32", "nf4_g32", "fp4_g32",
+           "int3_g32", "row_zero", "byte_zero", "six_sym", "fp6", "odd_zero")  # fmt: skip
+
+
+# write ----------------------------------------------------------------------------------------------------------------
+
+
+def written(spec: FormatSpec, dim: int, length: int, paged: bool) -> Iterator[Case]:
+    """New tokens in the middle of a cache: planes exactly those of the rule, all else untouched, and the error not much above
+    that of scales found by search."""
+    batch, heads, page = 2, 2, 16 if paged else 48
+    start = torch.tensor([5, 13])
+    table = torch.randperm(8)[:6].view(2, 3).int() if paged else None
+    planes = [empty_planes(spec, 8 if paged else batch, heads, page, dim) for _ in range(2)]
+    new = [torch.randn(batch, length, heads, dim).transpose(1, 2) * torch.rand(batch, heads, length, 1) * f for f in (1.0, 30.0)]
+    new[0][0, 0, 0] = 0.0
+    triton_attention(Scheme(spec), Scheme(spec)).write(planes[0], planes[1], new[0], new[1], start, table)
+    at = [[(int(table[b, t // page]) if table is not None else b, t % page) for t in range(start[b], start[b] + length)]
+          for b in range(batch)]  # fmt: skip
+    unequal, untouched, error, best = 0, True, 0.0, 0.0
+    for side, x in zip(planes, new, strict=True):
+        for b, h in itertools.product(range(batch), range(heads)):
+            packed = [repacked(torch.stack([rows_of(p)[i, h, j] for i, j in at[b]])) for p in side]
+            unequal += sum(int((a[:, :, :] != w).sum()) for a, w in zip(packed, ranged(spec, x[b, h]), strict=True))
+            error += float((reference.decode(spec, packed, length, dim) - x[b, h]).square().sum())
+            best += float((reference.decode(spec, reference.quantize(spec, x[b, h]), length, dim) - x[b, h]).square().sum())
+        for plane in side:
+            kept = torch.ones(plane.shape[0], page, dtype=torch.bool)
+            for i, j in itertools.chain(*at):
+                kept[i, j] = False
+            rest = rows_of(plane).transpose(1, 2)[kept]
+            untouched &= torch.equal(rest.nan_to_num(7.0), garbage(rest.shape, plane.dtype).nan_to_num(7.0))
+    name = f"{spec.name} D={dim} L={length} paged={paged}"
+    yield f"{name}: planes of the rule", float(unequal), 0.0
+    yield f"{name}: others untouched", float(not untouched), 0.0
+    yield f"{name}: error over that of a search", math.sqrt(error / best), 1.35
+
+
+def unusual(name: str) -> Iterator[Case]:
+    """What is not finite stays visible, tokens without room go nowhere, and such a sequence is NaN when it is read."""
+    spec = spec_of(name)
+    kernels = triton_attention(Scheme(spec), Scheme(spec))
+    planes = [torch.zeros(2, 1, *spec.part_shape(p, 32, 64), dtype=p.dtype) for p in spec.parts]
+    new = torch.randn(2, 1, 20, 64)
+    for i, value in enumerate((math.nan, math.inf, -math.inf)):
+        new[1, 0, 4 + i, 7] = value
+    kernels.write(planes, planes, new, new, torch.tensor([20, 0]))
+    decoded = [reference.decode(spec, [p[b, 0] for p in planes], 32, 64) for b in range(2)]
+    bad = decoded[1][4:7, 7].isnan().all() and decoded[1][[*range(4), *range(7, 32)]].isfinite().all()
+    yield f"{name} not finite", float(not bad), 0.0
+    apart = (decoded[0][20:] - new[0, 0, :12]).norm() / new[0, 0, :12].norm()
+    yield f"{name} no room", float(apart) + float((decoded[1][20:] - decoded[0][0]).abs().max()), 0.2
+    read = kernels.attend(torch.randn(2, 1, 1, 64), planes, planes, torch.tensor([39, 3]), 40, 64)
+    yield f"{name} too long", float(not (read[0].isnan().all() and read[1].isfinite().all())), 0.0
+
+
+# attend ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attend:
+    """One call: formats, shape, and options; ``kept`` tokens of each sequence, ``tile`` to choose a kernel."""
+
+    keys: str
+    values: str
+    dtype: torch.dtype
+    dim: int = 64
+    heads: int = 2
+    group: int = 2
+    length: int = 1
+    kept: tuple[int, ...] = (37, 90)
+    page: int = 0
+    mask: str = ""
+    causal: bool = True
+    softcap: float = 0.0
+    window: int = 0
+    scale: float | None = None
+    value_dim: int = 0
+    tile: AttendTile | None = None
+
+
+FEW, MANY = AttendTile(True, 16, 2, 4, 2), AttendTile(False, 32, 4, 4, 2)
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+BASE = Attend("int8", "int8", FLOAT)
+CALLS = (
+    *(Attend(f, f, dtype, 64, length=length) for f in (*WRITTEN[:-1], "mxfp4") for dtype, length in ((FLOAT, 1), (HALF, 3))),
+    *(Attend(f, f, dtype, 128, length=17, tile=MANY) for f, dtype in zip(WRITTEN, (HALF, BRAIN, FLOAT) * 5, strict=True)),
+    Attend("fp6_blocks", "two_scales", HALF, 128, length=17, tile=MANY),
+    *(Attend("int8", "fp8_e4m3", dtype, dim, length=length) for dim, length in ((72, 3), (80, 1), (96, 17), (256, 1))
+      for dtype in (HALF, BRAIN)),
+    Attend("int4_g32", "nf4_g32", HALF, 72), Attend("row_zero", "row_zero", HALF, 72, length=17, tile=MANY),
+    Attend("int8", "int4_g32", HALF, 96, value_dim=64), Attend("mxfp4", "int8_g64", HALF, 80, length=3, tile=MANY),
+    *(replace(BASE, length=length, mask=mask, tile=tile)
+      for mask in ("padding", "bool", "short", "float", "float16", "least", "none", "heads")
+      for length, tile in ((1, FEW), (17, MANY))),
+    *(replace(BASE, length=length, causal=causal, window=window, tile=tile) for length, tile in ((3, FEW), (17, MANY))
+      for causal in (True, False) for window in (0, 1, 20)),
+    replace(BASE, length=3, softcap=1.5, scale=0.5), replace(BASE, length=17, softcap=20.0, tile=MANY, keys="row_zero"),
+    replace(BASE, length=3, softcap=2.0, mask="float", window=9), replace(BASE, scale=2.0),
+    *(replace(BASE, keys=f, values=f, page=page, length=length, kept=(37, 90), dtype=HALF)
+      for f, page, length in (("fp8_e4m3", 16, 1), ("int4_g32", 32, 3), ("int8_g64", 48, 17))),
+    replace(BASE, page=16, length=3, tile=replace(FEW, tiles=4)), replace(BASE, group=1, heads=3),
+    replace(BASE, group=8, heads=1),
+    replace(BASE, kept=(1, 700), group=4, tile=FEW), replace(BASE, kept=(40, 700), page=16, length=5, tile=MANY),
+    replace(BASE, kept=(300, 700), window=64, group=4, tile=FEW), replace(BASE, kept=(16, 16), length=16, causal=True),
+)  # fmt: skip
+ROUNDING = {HALF: 2e-3, BRAIN: 6e-3, FLOAT: 1e-5}
+"""Relative error (Frobenius) allowed where scales leave the products: rounding of probabilities and of the output."""
+
+
+def mask_of(kind: str, batch: int, heads: int, length: int, tokens: int) -> torch.Tensor | None:
+    """A mask of a kind; True: may attend."""
+    allowed = torch.rand(batch, heads, length, tokens) < 0.7
+    if kind == "padding":
+        return allowed[:, :1, :1]
+    if kind == "bool":
+        allowed[0, 0, 0] = False
+        return allowed
+    if kind == "short":
+        return allowed[:1, :1, :, : tokens - 20]
+    if kind in ("float", "float16", "heads"):
+        bias = torch.randn(batch, heads, length, tokens).masked_fill(~allowed, -torch.inf)
+        return bias.half() if kind == "float16" else bias[:1, :, :1] if kind == "heads" else bias
+    if kind == "least":
+        return torch.zeros(batch, 1, length, tokens).masked_fill(~allowed[:, :1], torch.finfo(FLOAT).min)
+    return torch.zeros(batch, 1, 1, tokens, dtype=torch.bool) if kind == "none" else None
+
+
+def packed_here(dtype: torch.dtype) -> Iterator[Case]:
+    """``sdpa``: keys and values packed and read at once."""
+    made = [torch.randn(2, heads, tokens, 64).to(dtype) for heads, tokens in ((4, 9), (2, 30), (2, 30))]
+    kernels = triton_attention(Scheme(get("fp8_e4m3")), Scheme(get("int8")))
+    sides = [torch.stack([torch.stack([reference.decode(s, ranged(s, rows.float()), 30, 64) for rows in b]) for b in x])
+             for s, x in zip(kernels.formats, made[1:], strict=True)]  # fmt: skip
+    for causal in (True, False):
+        want = attention(made[0], *sides, [30, 30], torch.arange(9).expand(2, -1), None, causal, 0.2, 0.0, 0)
+        got = kernels.sdpa(*made, None, causal, 0.2, 0.0)
+        yield f"sdpa causal={causal}", float((got.double() - want).norm() / want.norm()), ROUNDING[dtype]
+    for name, kind in (("fp8_e4m3", "fp8"), ("int8", "int8")):  # products in 8 bits
+        scheme, where = Scheme(get(name)), torch.arange(9).expand(2, -1)
+        want = attention(*made, [30, 30], where, None, False, 0.2, 0.0, 0)
+        got = triton_attention(scheme, scheme).sdpa(*made, None, False, 0.2, 0.0)
+        assert torch.equal(got, triton_prefill(kind).prefill(*made, causal=False, scale=0.2))
+        yield f"sdpa in {kind}", float((got.double() - want).norm() / want.norm()), LIMITS[kind]["normal"]
+
+
+def attended(call: Attend) -> Iterator[Case]:
+    keys, values = spec_of(call.keys), spec_of(call.values)
+    batch, value_dim = len(call.kept), call.value_dim or call.dim
+    longest = max(call.kept)
+    page = call.page or -(-longest // 16) * 16
+    table = None
+    if call.page:
+        count = -(-longest // page)
+        table = torch.randperm(batch * count + 2)[: batch * count].view(batch, count).int()
+    k, v = (torch.randn(batch, call.heads, longest, d) for d in (call.dim, value_dim))
+    caches = [cache_of(s, x, page, table, 2, list(call.kept)) for s, x in ((keys, k), (values, v))]
+    if table is not None:
+        for b, count in enumerate(call.kept):
+            table[b, -(-count // page) :] = 2**30  # what a table holds behind a sequence is never followed
+    query = torch.randn(batch, call.length, call.heads * call.group, call.dim).transpose(1, 2).to(call.dtype)
+    start = torch.tensor(call.kept) - call.length
+    mask = mask_of(call.mask, batch, call.heads * call.group, call.length, longest)
+    got = triton_attention(Scheme(keys), Scheme(values)).attend(
+        query, caches[0].planes, caches[1].planes, start, longest, value_dim, mask, table, call.causal, call.scale,
+        call.softcap, call.window, tile=call.tile)  # fmt: skip
+    position = start[:, None] + torch.arange(call.length)
+    want = attention(query, *(c.decoded for c in caches), list(call.kept), position, mask, call.causal, call.scale, call.softcap,
+                     call.window)  # fmt: skip
+    exact = all(s.period == 0 for s in (keys, values))
+    limit = ROUNDING[call.dtype] if exact or call.dtype == BRAIN else max(ROUNDING[call.dtype], 2e-3)
+    shape = (batch, call.heads * call.group, call.length, value_dim)
+    sound = tuple(got.shape) == shape and got.dtype == call.dtype and bool(torch.isfinite(got).all())
+    zeros = bool((got[(want == 0).all(-1)] == 0).all())
+    difference = float((got.double() - want).norm() / max(float(want.norm()), 1e-3))
+    yield f"{call}", difference if sound and zeros else math.inf, limit
+
+
+# prefill --------------------------------------------------------------------------------------------------------------
+
+
+def shaped(kind: str, dim: int, length: int, tokens: int, group: int) -> list[torch.Tensor]:
+    """Queries, keys and values: normal; with a mean; with channels and single entries far out."""
+    made = [torch.randn(2, 2 * group if i == 0 else 2, length if i == 0 else tokens, dim) for i in range(3)]
+    if kind == "mean":
+        made[1] += 3.0
+        made[2] += 1.0
+    if kind == "outliers":
+        channel = torch.arange(dim)
+        made[0] = made[0] * (1 + 3 * (channel % 23 == 3)) + 10 * torch.randn(made[0].shape) * (torch.rand(made[0].shape) < 1e-3)
+        made[1] = made[1] + 20 * (channel % 19 == 5) + 10 * torch.randn(made[1].shape) * (torch.rand(made[1].shape) < 1e-3)
+        made[2] = made[2] * (1 + 10 * (channel % 17 == 1))
+    return made
+
+
+LIMITS = {"int8": {"normal": 1e-2, "mean": 1e-2, "outliers": 1.2e-2}, "fp8": {"normal": 6e-2, "mean": 3e-2, "outliers": 6.5e-2}}
+"""e4m3 rounds every number by 2.6% (root mean square), alike in probabilities and values, and scores of normal numbers by 3.7%
+of their deviation: 5.2% of an output whose values have no mean. int8 keeps scores to 0.8%."""
+
+
+def prefilled(kind: str) -> Iterator[Case]:
+    kernels = triton_prefill(kind)
+    options: tuple[tuple[int, int, int, int, str, dict[str, Any]], ...] = (
+        (64, 33, 70, 2, "normal", {}), (128, 70, 130, 1, "normal", {"causal": False}), (72, 20, 50, 2, "normal", {"start": 30}),
+        (80, 50, 50, 2, "mean", {}), (64, 40, 150, 2, "outliers", {"causal": False}), (128, 33, 64, 1, "outliers", {"start": 31}),
+        (96, 30, 100, 1, "normal", {"window": 20, "start": 70}), (64, 20, 40, 2, "normal", {"softcap": 3.0, "scale": 0.2}),
+        (64, 20, 40, 2, "mean", {"mask": "bool", "causal": False}), (64, 20, 70, 2, "normal", {"mask": "float"}),
+        (256, 17, 40, 1, "normal", {}),
+    )  # fmt: skip
+    for dim, length, tokens, group, shape, given in options:
+        inputs = shaped(shape, dim, length, tokens, group)
+        mask = mask_of(given.get("mask", ""), 2, 2 * group, length, tokens)
+        settings: dict[str, Any] = {"causal": True, "scale": None, "softcap": 0.0, "window": 0} | given | {"mask": mask}
+        first = settings.pop("start", 0)
+        got = kernels.prefill(*inputs, start=first, **settings)
+        position = (first + torch.arange(length)).expand(2, -1)
+        want = attention(*inputs, [tokens] * 2, position, **settings)
+        zeros = bool((got[(want == 0).all(-1)] == 0).all())
+        error = float((got.double() - want).norm() / want.norm())
+        yield f"{kind} D={dim} L={length} T={tokens} {shape} {given}", error if zeros else math.inf, LIMITS[kind][shape]
+    for dtype in (HALF, BRAIN):
+        inputs = [x.to(dtype) for x in shaped("normal", 64, 20, 40, 1)]
+        want = attention(*inputs, [40] * 2, torch.arange(20).expand(2, -1), None, True, None, 0.0, 0)
+        yield f"{kind} {dtype}", float((kernels.prefill(*inputs).double() - want).norm() / want.norm()), LIMITS[kind]["normal"]
+
+
+def emulated(_: str) -> Iterator[Case]:
+    """The e4m3 kernel against its own arithmetic: one block of tokens, so that probabilities are rounded once."""
+    query, k, v = shaped("mean", 64, 20, 48, 1)
+
+    def coded(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+        top = x.abs().amax(axes, keepdim=True)
+        return (x * (448.0 / top)).to(torch.float8_e4m3fn).double() * (top / 448.0).double()
+
+    keys, values = k - k.mean(2, keepdim=True), v - v.mean(2, keepdim=True)
+    scores = coded(query, (3,)) @ coded(keys, (3,)).transpose(-1, -2) / 8.0
+    p = (scores - scores.amax(-1, keepdim=True)).exp()
+    rounded = (p.float() * 256.0).to(torch.float8_e4m3fn).double() / 256.0
+    want = rounded @ coded(values, (2, 3)) / p.sum(-1, keepdim=True) + v.mean(2, keepdim=True).double()
+    got = triton_prefill("fp8").prefill(query, k, v, causal=False)
+    yield "fp8 as it is meant", float((got.double() - want).norm() / want.norm()), 1e-4
+
+
+def run(check: str, found: Iterator[Case]) -> None:
+    torch.manual_seed(0)
+    for case, error, limit in found:
+        print(json.dumps({"check": check, "case": case, "error": error, "limit": limit}), flush=True)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    corrections.correct_bfloat16()
+    corrections.correct_permutes()
+    correct_casts()
+    run("correction", checked_casts())
+    for i, name in enumerate(WRITTEN):
+        for dim, length, paged in ((64, 17, False), (64, 3, True), (72, 1 + 8 * (i % 2), i % 2 == 0)):
+            run("write", written(spec_of(name), dim, length, paged))
+    for name in ("fp8_e4m3", "int8", "int4_g32", "int4_zp_g32"):
+        run("write", unusual(name))
+    for call in CALLS:
+        run("attend", attended(call))
+    run("attend", packed_here(HALF))
+    checks: tuple[tuple[str, Callable[[str], Iterator[Case]]], ...] = (("prefill", prefilled), ("emulation", emulated))
+    for check, function in checks:
+        for kind in ("fp8", "int8") if check == "prefill" else ("fp8",):
+            run(check, function(kind))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
