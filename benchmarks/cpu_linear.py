@@ -106,13 +106,13 @@ def measure(
 
 
 def _interleaved(candidates: Sequence[Candidate], x: torch.Tensor, seconds: float) -> list[list[float]]:
-    """Times of every candidate in at least seven rounds."""
+    """Times of every candidate in at least 21 rounds."""
     for c in candidates:
         for call in c.calls:
             call(x)
     times: list[list[float]] = [[] for _ in candidates]
     start, turn = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds or turn < 7:
+    while time.perf_counter() - start < seconds or turn < 21:
         for c, own in zip(candidates, times, strict=True):
             call = c.calls[turn % len(c.calls)]
             begin = time.perf_counter()
