@@ -1,15 +1,10 @@
 """Attention kernels on a machine without a GPU: interpreted against float64, and compiled for four targets."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from triton_programs import Report, reports
 
 from qcompile.codegen import tiles
 from qcompile.codegen.triton_attend_tiles import attend_tile, parts
@@ -27,28 +22,11 @@ EIGHT = {80: "IMMA", 89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
 PROGRAMS = {"interpreter": ("triton_attention_interpreter.py",), "compile 0": ("triton_attention_compile.py", "--part", "0/2"),
             "compile 1": ("triton_attention_compile.py", "--part", "1/2")}  # fmt: skip
 
-Report = list[dict]
-
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Report]]:
-    """What the interpreter program and the compiler program (in two halves) report; all run at once, with empty caches."""
-    started = {}
-    for name, (program, *arguments) in PROGRAMS.items():
-        folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
-        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(program)), *arguments]
-        env = {**os.environ, "TRITON_CACHE_DIR": str(folder / "triton"), "QCOMPILE_CACHE_DIR": str(folder / "sources")}
-        env.pop("TRITON_INTERPRET", None)
-        out, err = (folder / "out").open("w+"), (folder / "err").open("w+")
-        started[name] = subprocess.Popen(command, stdout=out, stderr=err, env=env), out, err
-    reports: dict[str, Report] = {}
-    for name, (process, out, err) in started.items():
-        code = process.wait(timeout=1500)
-        out.seek(0), err.seek(0)
-        assert code == 0, f"{name} ended with {code}: {err.read()[-3000:]}"
-        reports.setdefault(name.split()[0], []).extend(json.loads(line) for line in out)
-        out.close(), err.close()
-    yield reports
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
+    """What the interpreter program and the compiler program (in two halves) report."""
+    return reports(PROGRAMS, tmp_path_factory)
 
 
 def compiled(programs: dict[str, Report], *kernels: str) -> Report:
