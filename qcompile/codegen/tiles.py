@@ -72,7 +72,7 @@ MOST_ROWS = {16: 16, 32: 32}
 """Rows of a tile whose products are as short as these periods: every product is scaled, so more rows save little, their
 accumulators spill, and Triton 3.9 loses such kernels on sm_100 (it compiles them to nothing)."""
 
-REGISTERS = {("dot", 80, 16): 192, ("dot", 80, 32): 255, ("dot", 100, 16): 200,
+REGISTERS = {("dot", 80, 16): 224, ("dot", 80, 32): 255, ("dot", 100, 16): 200,
              ("dot", 100, 32): 255}  # fmt: skip
 """(kernel, compute capability in tens, rows) where ptxas saves registers until it spills, and a limit that stops it."""
 
