@@ -81,6 +81,8 @@ def _scores(node: Node, call: Call) -> Call:
     while op_name(node) != "matmul":
         name = op_name(node)
         sources = data_inputs(node)
+        if node.kwargs.keys() & {"alpha", "rounding_mode"}:
+            raise Unread(f"{name} ({node.name}) has {' and '.join(sorted(node.kwargs))}")
         number = _factor(node)
         if number is not None:
             factor *= number
@@ -97,6 +99,8 @@ def _scores(node: Node, call: Call) -> Call:
             raise Unread(f"{name} ({node.name}) between scores and softmax is neither scale, cap nor mask")
         node = sources[0]
     if outer is not None:
+        if outer <= 0:
+            raise Unread(f"scores are capped by {outer}")
         factor *= outer  # cap · tanh(inner · q kᵀ) = cap · tanh(scale · q kᵀ / cap)
     return replace(call, scale=factor, softcap=outer or 0.0, flipped=True)
 
@@ -153,6 +157,10 @@ def _checked(call: Call) -> Call:
             raise Unread(f"the mask is {mask if not isinstance(mask, torch.Tensor) else mask.dtype}, neither bool nor float")
         if call.inverted and mask.dtype != torch.bool:
             raise Unread("masked_fill takes a mask that is not bool")
+        if mask.dim() == 0 or (mask.shape[-1] == 1 and _shape(call.v)[2] != 1):
+            raise Unread(f"the mask {list(mask.shape)} is one for all tokens")
+    if _shape(call.q)[0] != _shape(call.k)[0] or _shape(call.k)[:2] != _shape(call.v)[:2]:
+        raise Unread("queries, keys and values differ in their batch, or keys and values in their heads")
     if call.flipped:
         return call
     return replace(call, k=_unrepeated(call.k), v=_unrepeated(call.v))

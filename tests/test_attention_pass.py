@@ -124,7 +124,25 @@ def other_fill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k).masked_fill(~SEEN, 0.5).softmax(-1) @ repeated(v)
 
 
+def one_for_all_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=torch.ones(T, 1, dtype=torch.bool))
+
+
+def added_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.add(scores(q, k), torch.where(SEEN, 0.0, -1e9), alpha=2).softmax(-1) @ repeated(v)
+
+
+def negative_cap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.tanh(scores(q, k)) * -3.0).softmax(-1) @ repeated(v)
+
+
+def one_batch_of_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k[:1]).softmax(-1) @ repeated(v[:1])
+
+
 @pytest.mark.parametrize("attend,reason", [
+    (one_for_all_tokens, "one for all tokens"), (added_twice, "alpha"), (negative_cap, "capped by -3"),
+    (one_batch_of_keys, "differ in their batch"),
     (linear_attention, "relu"), (dropped, "drops attention weights"), (other_fill, "something else than a large negative number"),
 ])  # fmt: skip
 def test_other_computations_are_left_with_a_reason(attend: Callable[..., Tensor], reason: str) -> None:
