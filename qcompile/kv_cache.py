@@ -215,7 +215,9 @@ class PagedKVCache:
         del self.lengths[sequence]
 
     def append(self, sequences: Sequence[int], k: torch.Tensor, v: torch.Tensor) -> None:
-        """Quantizes k ``[B, H, L, D]`` and v ``[B, H, L, Dv]`` behind the B ``sequences``."""
+        """Quantizes k ``[B, H, L, D]`` and v ``[B, H, L, Dv]`` behind the B ``sequences``, each named once."""
+        if len(set(sequences)) != len(sequences):
+            raise LayoutError(f"KV cache: a sequence comes twice in {list(sequences)}; append to it in two calls")
         needed = {s: -(-(self.lengths[s] + k.shape[2]) // self.page) - len(self.sequences[s]) for s in sequences}
         if sum(needed.values()) > len(self.free):
             raise LayoutError(f"KV cache: {sum(needed.values())} pages of {self.page} tokens are needed, {len(self.free)} are "

@@ -253,6 +253,8 @@ def test_pages_are_as_good_as_one_piece() -> None:
     assert len(cache.free) == free + 10
     with pytest.raises(LayoutError, match=r"pages of 32 tokens are needed, .* are free"):
         cache.append([names[1]], torch.randn(1, 2, 4000, 64), torch.randn(1, 2, 4000, 64))
+    with pytest.raises(LayoutError, match="comes twice"):
+        cache.append([names[1]] * 2, torch.randn(2, 2, 1, 64), torch.randn(2, 2, 1, 64))
     assert cache.lengths[names[1]] == 21 and torch.equal(cache.attend(names[1:2], q[1:2]), out[1:2])
 
 
