@@ -8,6 +8,8 @@ compiled with exactly its arguments instead. Prints one JSON object for each ker
 from __future__ import annotations
 
 import collections
+import functools
+import itertools
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -81,12 +84,14 @@ class Compiled(TritonKernels):
 
         class Launch:
             def __getitem__(self, grid: tuple[int, ...]) -> Any:
-                def launch(*arguments: Any, **options: Any) -> None:
+                def launch(*arguments: Any, **options: Any) -> Any:
                     if once:
-                        return
+                        return None
                     function.device_caches.clear()
                     mocked = [MockTensor(a.dtype, list(a.shape)) if isinstance(a, torch.Tensor) else a for a in arguments]
-                    built.append((name, function.warmup(*mocked, grid=grid, **options), options))
+                    compiled = function.warmup(*mocked, grid=grid, **options)
+                    built.append((name, compiled, options))
+                    return SimpleNamespace(n_spills=spills(compiled))
 
                 return launch
 
@@ -97,11 +102,23 @@ class Compiled(TritonKernels):
         spec = self.scheme.format
         planes = [torch.empty(spec.part_shape(p, n, k), dtype=p.dtype, device="meta") for p in spec.parts]
         x = torch.empty(rows, k, dtype=dtype, device="meta")
-        self.linear(x, planes, torch.empty(n, dtype=dtype, device="meta") if bias else None, n, variant=variant)
+        smaller = -1
+        while len(self._smaller) > smaller:  # until a tile keeps everything in registers
+            smaller = len(self._smaller)
+            self.built.clear()
+            self.linear(x, planes, torch.empty(n, dtype=dtype, device="meta") if bias else None, n, variant=variant)
         if variant is not None and variant.tile.kernel == "decode":
             self.rows(planes, torch.empty(7, dtype=torch.int64, device="meta"), n, k, dtype)
 
 
+def spills(compiled: Any) -> int:
+    """Loads and stores of spilled registers in the machine code."""
+    if "amdgcn" in compiled.asm:
+        return sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+    return sum(operation(i).startswith(("LDL", "STL")) for i in disassembled(compiled.asm["cubin"])[0] if not i.endswith(":"))
+
+
+@functools.lru_cache(maxsize=8)
 def disassembled(cubin: bytes) -> tuple[list[str], int]:
     """(instructions with operands, registers of a thread) of machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -146,10 +163,9 @@ def facts(kernels: Compiled, rows: int, dtype: torch.dtype) -> Iterator[dict[str
 
 def amd_facts(compiled: Any) -> dict[str, Any]:
     text = compiled.asm["amdgcn"]
-    spills = sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text))
     registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
     stores = len(re.findall(r"(?:buffer|global)_store", text))
-    return {"spills": spills, "registers": registers, "threads": 64 * compiled.metadata.num_warps, "loop": 0, "weights": 0,
+    return {"spills": spills(compiled), "registers": registers, "threads": 64 * compiled.metadata.num_warps, "loop": 0, "weights": 0,
             "matrix": sorted(set(re.findall(r"v_mfma_\w+", text))), "stores": stores}  # fmt: skip
 
 
@@ -166,7 +182,7 @@ def code_facts(kernels: Compiled, name: str, compiled: Any, options: dict[str, A
     twice = int(warps.group(1)) if warps and name == "dot" else 1
     weights = options.get("BT", 1) * 16 * (options.get("BK") or products * size) // threads * twice
     return {
-        "threads": threads, "registers": registers, "spills": sum(n.startswith(("LDL", "STL")) for n in names),
+        "threads": threads, "registers": registers, "spills": spills(compiled),
         "matrix": sorted({n for n in whole if MATRIX.match(n)}), "stores": sum(n.startswith("STG") for n in names),
         "copied": max((width for width, mark in ((16, ".128"), (8, ".64"), (4, "")) for n in names
                        if n.startswith(("LDGSTS", "LDG")) and mark in n), default=0),
@@ -224,6 +240,21 @@ def plan(schemes: list[Scheme]) -> Iterator[Task]:
         yield schemes[0], arch, 16, torch.float32, "table"
 
 
+def everything(schemes: list[Scheme]) -> Iterator[Task]:
+    """Every scheme for every target in every tile, in one 16-bit type after the other, and every other kernel: two hours of
+    one core."""
+    both = (torch.bfloat16, torch.float16)
+    for (a, arch), (r, rows), (i, scheme) in itertools.product(enumerate(ARCHES), enumerate(ROWS), enumerate(schemes)):
+        yield scheme, arch, rows, both[(a + r + i) % 2], "table"
+    for (a, arch), (i, scheme) in itertools.product(enumerate(ARCHES), enumerate(schemes)):
+        if scheme.activations is None:
+            yield scheme, arch, 16, torch.float32, "table"
+            yield scheme, arch, 1, both[(a + i) % 2], "gemv"
+            yield scheme, arch, 256, both[(a + i) % 2], "decode"
+    for scheme in schemes:
+        yield scheme, AMD, 16, torch.float16, "table"
+
+
 def reports(tasks: list[Task]) -> Iterator[dict[str, Any]]:
     for scheme, arch, rows, dtype, kernel in tasks:
         kernels = Compiled(scheme, arch)
@@ -241,9 +272,12 @@ HEADINGS = (("kernel", 9), ("scheme", 26), ("arch", 5), ("rows", 5), ("registers
 
 
 def main() -> None:
-    """``--table`` for people; ``--part 0/2`` for the even half of the tasks."""
+    """``--table`` for people; ``--part 0/2`` for the even half of the tasks; ``--everything`` for all there is."""
     wanted = [s for s in cases.schemes() if s.format.name in REGISTRY]
-    tasks = list(plan(wanted if "QCOMPILE_TEST_SCHEMES" in os.environ else chosen(wanted)))
+    if "--everything" in sys.argv:
+        tasks = list(everything(wanted))
+    else:
+        tasks = list(plan(wanted if "QCOMPILE_TEST_SCHEMES" in os.environ else chosen(wanted)))
     if "--part" in sys.argv:
         part, parts = map(int, sys.argv[sys.argv.index("--part") + 1].split("/"))
         tasks = tasks[part::parts]

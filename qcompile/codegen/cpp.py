@@ -20,6 +20,7 @@ from ..formats.layout import check_planes
 from ..formats.scheme import Scheme
 from ..formats.spec import ROW
 from .cpp_build import load_library
+from .cpp_call import caller
 from .cpp_format import format_struct
 from .cpp_scale import element_type
 
@@ -45,14 +46,15 @@ def _exports(scheme: Scheme) -> str:
     planes = [(element_type(p), p.name) for p in scheme.format.parts]
     parameters = ", ".join(f"const {kind}* plane_{name}" for kind, name in planes)
     values = "{" + ", ".join(f"plane_{name}" for _, name in planes) + "}"
+    listed = "{" + ", ".join(f"(const {kind}*)planes[{i}]" for i, (kind, _) in enumerate(planes)) + "}"
     return f"""#define QC_EXPORT extern "C" __attribute__((visibility("default")))
 
 QC_EXPORT int qc_linear(void* y, const void* x, const void* bias, int dtype, int bias_dtype, int threads, int64_t m,
-                        int64_t n, int64_t k, int64_t padded, int64_t stride, {parameters}) {{
+                        int64_t n, int64_t k, int64_t padded, int64_t stride, const void* const* planes) {{
   Job job = {{}};
   job.y = y, job.bias = bias, job.dtype = dtype, job.bias_dtype = bias_dtype, job.threads = threads;
   job.m = m, job.n = n, job.k = padded;
-  return linear<Format>(job, {{x, k, stride}}, {values});
+  return linear<Format>(job, {{x, k, stride}}, {listed});
 }}
 
 QC_EXPORT void qc_decode(void* out, int dtype, int threads, int64_t n, int64_t k, int64_t padded, {parameters}) {{
@@ -72,7 +74,8 @@ QC_EXPORT const char* qc_variant(int64_t m, int dtype) {{
 
 
 class CpuKernels:
-    """Compiled kernels of one :class:`Scheme`; ``isa`` is a key of :data:`.cpp_build.ISA_FLAGS`.
+    """Compiled kernels of one :class:`Scheme`; ``isa`` is a key of :data:`.cpp_build.ISA_FLAGS`, ``address`` that of the
+    compiled ``qc_linear``, for :func:`.cpp_call.caller`.
 
     Raises :class:`FormatError` when the format cannot be printed and :class:`KernelBuildError` when the compiler fails.
     Calls release the interpreter lock and may run in several threads at once.
@@ -84,9 +87,8 @@ class CpuKernels:
         library, self.path = load_library(self.source, isa)
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         planes = (pointer,) * len(scheme.format.parts)
-        self._linear = library.qc_linear
-        self._linear.argtypes = [*(pointer,) * 3, *(number,) * 3, *(size,) * 5, *planes]
-        self._linear.restype = number
+        self.address = ctypes.cast(library.qc_linear, pointer).value
+        self._call = caller().linear
         self._decode = library.qc_decode
         self._decode.argtypes = [pointer, number, number, size, size, size, *planes]
         self._decode.restype = None
@@ -114,23 +116,16 @@ class CpuKernels:
         shape = x.shape
         k = shape[-1]
         rows = math.prod(shape[:-1])
-        padded, pointers = self._pointers(planes, n, k)
+        padded = self._checked(planes, n, k)
         y = torch.empty(*shape[:-1], n, dtype=x.dtype)
-        if rows == 0 or n == 0:
-            return y
         x2 = x if x.dim() == 2 else x.reshape(rows, k)
         if x2.stride(1) != 1 and k > 1:
             x2 = x2.contiguous()
-        bias_dtype, bias_pointer = 0, None
+        bias_dtype = 0
         if bias is not None:
             bias = self._bias(bias, n)
-            bias_dtype, bias_pointer = DTYPES[bias.dtype], bias.data_ptr()
-        failed = self._linear(
-            y.data_ptr(), x2.data_ptr(), bias_pointer, dtype, bias_dtype, torch.get_num_threads(),
-            rows, n, k, padded, x2.stride(0), *pointers,
-        )  # fmt: skip
-        if failed:
-            raise MemoryError(f"{self.scheme.label}: no scratch memory for a {rows}×{k} input and a {n}×{k} weight")
+            bias_dtype = DTYPES[bias.dtype]
+        self._call(self.address, y, x2, bias, dtype, bias_dtype, rows, n, k, padded, x2.stride(0), *planes)
         return y
 
     def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -138,10 +133,11 @@ class CpuKernels:
 
         Raises :class:`LayoutError` for planes that do not fit.
         """
-        padded, pointers = self._pointers(planes, n, k)
+        padded = self._checked(planes, n, k)
         native = dtype if dtype in DTYPES else torch.float32
         out = torch.empty(n, k, dtype=native)
         if out.numel():
+            pointers = (p.data_ptr() for p in planes)
             self._decode(out.data_ptr(), DTYPES[native], torch.get_num_threads(), n, k, padded, *pointers)
         return out.to(dtype)
 
@@ -150,11 +146,12 @@ class CpuKernels:
     ) -> torch.Tensor:
         """Rows ``indices`` (int64, any shape, 0 … n − 1: not checked) of the weight that ``planes`` stand for:
         ``[*indices.shape, k]`` in ``dtype``. Reads only the tiles of 16 rows that the indices name."""
-        padded, pointers = self._pointers(planes, n, k)
+        padded = self._checked(planes, n, k)
         native = dtype if dtype in DTYPES else torch.float32
         flat = indices.reshape(-1).to(torch.int64).contiguous()
         out = torch.empty(*indices.shape, k, dtype=native)
         if out.numel():
+            pointers = (p.data_ptr() for p in planes)
             self._rows(out.data_ptr(), flat.data_ptr(), len(flat), DTYPES[native], torch.get_num_threads(), k, padded, *pointers)
         return out.to(dtype)
 
@@ -162,13 +159,21 @@ class CpuKernels:
         """Name of the kernel that serves ``rows`` rows of x of ``dtype``, for reports: rows…, panel…"""
         return self._variant(rows, DTYPES[dtype]).decode()
 
-    def _pointers(self, planes: Sequence[torch.Tensor], n: int, k: int) -> tuple[int, list[int]]:
-        """(K of the stored planes, their addresses), checked by size; sizes are remembered for each weight shape."""
+    def padded(self, n: int, k: int) -> int:
+        """K of the stored planes of an n×k weight. Raises :class:`LayoutError` where integer sums of one scale overflow."""
+        spec = self.scheme.format
+        padded: int = spec.padded(n, k)[1]
+        if self.scheme.activations == "int8" and spec.period == ROW and padded > LONGEST_INT_ROW:
+            raise LayoutError(f"{self.scheme.label}: K = {k} overflows int32 sums of one scale per row (limit "
+                              f"{LONGEST_INT_ROW}); use a format with groups")  # fmt: skip
+        return padded
+
+    def _checked(self, planes: Sequence[torch.Tensor], n: int, k: int) -> int:
+        """K of the stored planes, which are checked by size; sizes are remembered for each weight shape."""
         layout = self._layouts.get((n, k))
         if layout is None:
             layout = self._layouts[n, k] = self._layout(planes, n, k)
         padded, sizes = layout
-        pointers = []
         if len(planes) != len(sizes):
             check_planes(self.scheme.format, planes, n, k)
         for plane, size in zip(planes, sizes, strict=True):
@@ -176,17 +181,12 @@ class CpuKernels:
                 check_planes(self.scheme.format, planes, n, k)
                 raise LayoutError(f"{self.scheme.label}: planes must be contiguous CPU tensors, found strides "
                                   f"{plane.stride()} on {plane.device}; call .contiguous() on them")  # fmt: skip
-            pointers.append(plane.data_ptr())
-        return padded, pointers
+        return padded
 
     def _layout(self, planes: Sequence[torch.Tensor], n: int, k: int) -> tuple[int, list[int]]:
         spec = self.scheme.format
         check_planes(spec, planes, n, k)
-        padded = spec.padded(n, k)[1]
-        if self.scheme.activations == "int8" and spec.period == ROW and padded > LONGEST_INT_ROW:
-            raise LayoutError(f"{self.scheme.label}: K = {k} overflows int32 sums of one scale per row (limit "
-                              f"{LONGEST_INT_ROW}); use a format with groups")  # fmt: skip
-        return padded, [math.prod(spec.part_shape(p, n, k)) * p.dtype.itemsize for p in spec.parts]
+        return self.padded(n, k), [math.prod(spec.part_shape(p, n, k)) * p.dtype.itemsize for p in spec.parts]
 
     def _bias(self, bias: torch.Tensor, n: int) -> torch.Tensor:
         if bias.shape != (n,) or not bias.is_floating_point() or not bias.is_cpu:

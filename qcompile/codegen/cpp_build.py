@@ -58,12 +58,18 @@ def _identity(cxx: str, flags: tuple[str, ...]) -> str:
 
 
 def load_library(source: str, isa: str = "native") -> tuple[ctypes.CDLL, Path]:
-    """The library of ``source`` and its file, built for ``isa`` (a key of :data:`ISA_FLAGS`) unless the cache has it.
+    """The library of ``source`` and its file, built for ``isa`` (a key of :data:`ISA_FLAGS`); errors as :func:`built`."""
+    library = built(source, FLAGS + ISA_FLAGS[isa])
+    return ctypes.CDLL(str(library)), library
+
+
+def built(source: str, flags: tuple[str, ...]) -> Path:
+    """The library of ``source``, compiled with ``flags`` unless the cache has it.
 
     Safe against other processes building the same. Raises :class:`KernelBuildError` with the command, the source file
     and the compiler's words.
     """
-    cxx, flags = compiler(), FLAGS + ISA_FLAGS[isa]
+    cxx = compiler()
     key = hashlib.sha256("\0".join((source, cxx, *flags, _identity(cxx, flags))).encode()).hexdigest()[:32]
     folder = cache_dir()
     library = folder / f"{key}.so"
@@ -78,7 +84,7 @@ def load_library(source: str, isa: str = "native") -> tuple[ctypes.CDLL, Path]:
         except OSError as error:
             raise KernelBuildError(f"cannot write compiled kernels to {folder}: {error}; set QCOMPILE_CACHE_DIR to a folder "
                                    "that can be written") from error  # fmt: skip
-    return ctypes.CDLL(str(library)), library
+    return library
 
 
 def _intact(library: Path) -> bool:

@@ -7,7 +7,7 @@ format of every kind in turn on sm_80, 89, 90 and 100) and what arithmetic on in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ..formats.spec import ROW
@@ -72,7 +72,7 @@ MOST_ROWS = {16: 16, 32: 32}
 """Rows of a tile whose products are as short as these periods: every product is scaled, so more rows save little, their
 accumulators spill, and Triton 3.9 loses such kernels on sm_100 (it compiles them to nothing)."""
 
-REGISTERS = {("dot", 80, 16): 224, ("dot", 80, 32): 255, ("dot", 100, 16): 200,
+REGISTERS = {("dot", 80, 16): 224, ("dot", 80, 32): 255, ("dot", 100, 16): 255,
              ("dot", 100, 32): 255}  # fmt: skip
 """(kernel, compute capability in tens, rows) where ptxas saves registers until it spills, and a limit that stops it."""
 
@@ -91,6 +91,14 @@ def product_tile(kernel: str, rows: int, arch: int, granule: int) -> Tile:
         tile = next(tile for most, tile in ROWS if min(rows, MOST_ROWS.get(granule, rows)) <= most)
     registers = REGISTERS.get((kernel, arch // 10 * 10, tile.rows), 0)
     return Tile(kernel, tile.tiles, tile.rows, tile.warps, tile.stages, registers=registers)
+
+
+def smaller(tile: Tile) -> Tile | None:
+    """What a product takes after ``tile`` turned out to need more registers than there are: half the rows, down to the 16 of
+    a matrix instruction, then half the weights. None when nothing smaller is left."""
+    if tile.rows > 16:
+        return replace(tile, rows=tile.rows // 2)
+    return replace(tile, tiles=tile.tiles // 2) if tile.tiles > tile.warps // 2 else None
 
 
 def sum_load(arch: int) -> bool:

@@ -57,6 +57,7 @@ class TritonKernels:
         self.printer.check()
         self.tag = content_hash(scheme.key)[:8]
         self.source = self._print()
+        self._smaller: dict[Variant, Variant] = {}
 
     def _print(self) -> str:
         printer, tag = self.printer, self.tag
@@ -121,7 +122,8 @@ class TritonKernels:
     ) -> torch.Tensor:
         """``x[..., K]`` times the N×K weight, plus ``bias[N]``: ``[..., N]`` in ``x``'s dtype, sums in float32.
 
-        ``variant`` overrides the table's choice. Planes must belong to an N×K weight of the scheme's format.
+        ``variant`` overrides the table's choice. Planes must belong to an N×K weight of the scheme's format. Where the
+        compiler ran out of registers, calls from the second on take a smaller tile.
         Raises :class:`~qcompile.errors.KernelBuildError` for a device or dtype without kernels.
         """
         k = x.shape[-1]
@@ -132,11 +134,15 @@ class TritonKernels:
         kp = self.scheme.format.padded(n, k)[1]
         target = self._target(x)
         chosen = variant or self.variant(max(flat.shape[0], 1), x.dtype, target, kp)
+        while chosen in self._smaller:
+            chosen = self._smaller[chosen]
         if interpreting() and variant is None:
             chosen = interpreted(chosen)
         if out.numel():
             with torch.cuda.device_of(x):
-                Call(self, chosen, int(target.arch), n, k, kp).linear(flat, planes, bias, out)
+                spilled = Call(self, chosen, int(target.arch), n, k, kp).linear(flat, planes, bias, out)
+            if spilled and (tile := tiles.smaller(chosen.tile)):
+                self._smaller[chosen] = replace(chosen, tile=tile)
         return out.reshape(*x.shape[:-1], n)
 
     def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:

@@ -68,8 +68,9 @@ class Call:
     def tile_count(self) -> int:
         return ceil(self.n, TILE_N)
 
-    def linear(self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        """Writes ``out[M, N]`` for ``x[M, K]`` whose rows are contiguous."""
+    def linear(self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor) -> int:
+        """Writes ``out[M, N]`` for ``x[M, K]`` whose rows are contiguous. Returns how many registers of the matrix product
+        were spilled to memory."""
         tile = self.variant.tile
         if tile.kernel == "decode":
             if self.kernels.scheme.activations is not None:
@@ -83,7 +84,8 @@ class Call:
             for row in range(x.shape[0]):
                 self._gemv(x[row], planes, bias, out[row])
         else:
-            self._product(x, planes, bias, out)
+            return self._product(x, planes, bias, out)
+        return 0
 
     def _split(self, blocks: int, steps: int, rows: int) -> tuple[int, int]:
         """(parts along K, steps of each part)."""
@@ -105,7 +107,7 @@ class Call:
         if parts > 1:
             self._reduce(target, bias, out)
 
-    def _product(self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def _product(self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, out: torch.Tensor) -> int:
         tile, (count, size) = self.variant.tile, blocks(self.kernels.printer)
         scale = sums = None
         width = self.k
@@ -116,7 +118,7 @@ class Call:
         grid = ceil(rows, tile.rows), ceil(self.tile_count, tile.tiles)
         parts, each = self._split(grid[0] * grid[1], ceil(width, count * size), rows)
         target = out if parts == 1 else torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
-        self.kernels.kernel(tile.kernel)[(*grid, parts)](
+        compiled = self.kernels.kernel(tile.kernel)[(*grid, parts)](
             x, scale, sums, *planes, bias, target, rows, self.n, width, self.kp, x.stride(0), self.tile_count, each,
             BT=tile.tiles, BM=tile.rows, STAGES=tile.stages, EVEN=width % (count * size) == 0, PARTIAL=parts > 1,
             HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, DEC=self.kernels.type(self.variant.decoded),
@@ -126,6 +128,7 @@ class Call:
         )  # fmt: skip
         if parts > 1:
             self._reduce(target, bias, out)
+        return getattr(compiled, "n_spills", 0)  # the interpreter compiles nothing
 
     def _reduce(self, parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         self.kernels.kernel("reduce")[(ceil(out.numel(), REDUCE_BLOCK),)](

@@ -1,0 +1,41 @@
+"""Calls from Python into compiled kernels at the price of a C function: ``include/call.cpp``, built once on a machine."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import importlib.util
+import sysconfig
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ..errors import KernelBuildError
+from .cpp_build import built
+
+FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-w")
+
+
+@functools.cache
+def caller() -> ModuleType:
+    """The module whose ``linear`` calls a kernel's ``qc_linear``; see ``include/call.cpp`` for its arguments.
+
+    Raises :class:`KernelBuildError` when it does not compile, also for want of Python's headers.
+    """
+    headers = sysconfig.get_path("include")
+    if not (Path(headers) / "Python.h").exists():
+        raise KernelBuildError(f"Python.h is not in {headers}, which kernels for CPUs (and Inductor) need; install Python's "
+                               "development files (Debian: python3-dev)")  # fmt: skip
+    text = (resources.files(__package__) / "include" / "call.cpp").read_text()
+    path = built(text, (*FLAGS, f"-I{headers}"))
+    loader = importlib.machinery.ExtensionFileLoader("call", str(path))
+    spec = importlib.util.spec_from_loader("call", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    threads = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_get_num_threads, ctypes.c_void_p).value
+    module.connect(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr, threads)
+    return module
