@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .machine import save
+from .machine import RESULTS, save
+from .plots import draw
 
-QUESTIONS = ("linear", "formats", "attention", "model", "memory", "accuracy")
+QUESTIONS = ("linear", "formats", "attention", "model", "overhead", "startup", "memory", "accuracy")
 
 app = typer.Typer(add_completion=False)
 
@@ -30,6 +32,10 @@ def main(question: str = typer.Argument(help=f"one of {', '.join(QUESTIONS)}, or
             table.add_row(*(_shown(row.get(column, "")) for column in columns))
         Console(width=160).print(table)
         Console().print(f"written to {save(name, rows)}")
+        if importlib.util.find_spec("matplotlib") is None:
+            Console().print("matplotlib is not installed: no picture (pip install -e '.[bench]')")
+        else:
+            draw(name, rows, RESULTS)
 
 
 def _shown(value: object) -> str:

@@ -10,12 +10,17 @@ LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_he
 """Per-layer sizes of Llama-3-8B (its published config.json)."""
 
 
-def llama_layers(layers: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """``layers`` decoder layers of Llama-3-8B's shape with random weights, made in ``dtype`` directly, without embeddings
-    of note (a vocabulary of 256)."""
+QWEN3_06B = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
+             "head_dim": 128, "max_position_embeddings": 8192}  # fmt: skip
+"""Per-layer sizes of Qwen3-0.6B (its published config.json)."""
+
+
+def llama_layers(layers: int, dtype: torch.dtype = torch.bfloat16, sizes: dict[str, int] = LLAMA_3_8B) -> nn.Module:
+    """``layers`` decoder layers of ``sizes`` with random weights, made in ``dtype`` directly, without embeddings of note (a
+    vocabulary of 256)."""
     from transformers import LlamaConfig, LlamaModel
 
-    config = LlamaConfig(num_hidden_layers=layers, vocab_size=256, attn_implementation="sdpa", **LLAMA_3_8B)
+    config = LlamaConfig(num_hidden_layers=layers, vocab_size=256, attn_implementation="sdpa", **sizes)
     with torch.device("meta"):
         model = LlamaModel(config).to(dtype)
     model.to_empty(device="cpu")

@@ -40,7 +40,11 @@ def qcompile(
     drop_plane_guards(gm, example_inputs)
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=parsed.inductor_patches())
+    from . import inductor
+
+    inductor.install()
+    with inductor.keyed():
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=parsed.inductor_patches())
     return compiled
 
 

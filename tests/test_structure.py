@@ -16,6 +16,7 @@ LAYERS = [
     {"codegen"},
     {"kernels", "checkpoints"},
     {"ops"},
+    {"inductor"},
     {"tensor", "tensor_ops", "kv_cache"},
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "recorder", "owners", "guards", "dynamo_errors", "calibrate"},
     {"policy", "report"},

@@ -1,0 +1,106 @@
+"""How Inductor lowers packed linear layers on CPUs: to a direct call of the compiled kernel.
+
+A custom operator costs 9 µs a call: the dispatcher, Python, checks, the allocation of its result. Here Inductor plans the
+result's memory with everything else, the checks are made once, and its generated code calls the C function itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch._inductor import ir, lowering
+from torch._inductor.virtualized import V
+
+from . import ops
+from .codegen.cpp import DTYPES, CpuKernels
+from .formats import scheme_of
+from .kernels import Permuted, for_key
+
+aten = torch.ops.aten
+Node = Any
+"""A tensor of Inductor's IR."""
+
+
+def install() -> None:
+    """Registers the lowering with Inductor, once in a process."""
+    if ops.linear not in lowering.lowerings:
+        lowering.register_lowering(ops.linear, type_promotion_kind=None)(_linear)
+
+
+def keyed() -> AbstractContextManager[None]:
+    """While Inductor compiles: its caches keep what was compiled by other versions of this lowering apart."""
+    tag = torch.compiler.config.cache_key_tag
+    return cast(AbstractContextManager[None], torch.compiler.config.patch(cache_key_tag=f"{tag}qcompile {_version()}"))
+
+
+@functools.cache
+def _version() -> str:
+    calls = (Path(__file__).parent / "codegen" / "include" / "call.cpp").read_bytes()
+    return hashlib.sha256(Path(__file__).read_bytes() + calls).hexdigest()[:16]
+
+
+def linear_function(key: str) -> int:
+    """The address of ``qc_linear`` for a scheme key; generated code asks for it when it is loaded."""
+    return _kernels(key).address
+
+
+def _kernels(key: str) -> CpuKernels:
+    found = for_key(key, "cpu")
+    return cast(CpuKernels, found.inner if isinstance(found, Permuted) else found)
+
+
+def _linear(x: Node, planes: Sequence[Node], bias: Node | None, scheme: str, n: int) -> Node:
+    direct = x.get_device().type == "cpu" and x.get_dtype() in DTYPES and not V.graph.cpp_wrapper
+    if not direct or (bias is not None and bias.get_dtype() not in DTYPES):
+        return lowering.fallback_handler(ops.linear, add_to_fallback_set=False)(x, planes, bias, scheme, n)
+    *lead, k = x.get_size()
+    flat = lowering.view(x, [math.prod(lead), k])
+    if scheme_of(scheme).format.permuted:
+        *planes, order = planes
+        flat = lowering.lowerings[aten.index.Tensor](flat, [None, order])
+    made = PackedLinear.create(flat, planes, bias, scheme, n)
+    return lowering.view(made, [*lead, n])
+
+
+class PackedLinear(ir.ExternKernelOut):
+    """``x [M, K]``, rows apart by any stride, times a packed N×K weight, plus a bias: ``[M, N]``."""
+
+    @classmethod
+    def create(cls, x: Node, planes: Sequence[Node], bias: Node | None, key: str, n: int) -> Node:
+        x = cls.require_stride_order(cls.realize_input(x), [1, 0])
+        if x.get_stride()[1] != 1:
+            x = cls.copy_input(x)
+            x.freeze_layout()
+        (m, k), dtype = x.get_size(), x.get_dtype()
+        k = V.graph.sizevars.guard_int(k)
+        inputs = [x, *(cls.require_contiguous(cls.realize_input(t)) for t in (*planes, *([] if bias is None else [bias])))]
+        bias_dtype = 0 if bias is None else DTYPES[bias.get_dtype()]
+        numbers = (DTYPES[dtype], bias_dtype, m, n, k, _kernels(key).padded(n, k), x.get_stride()[0])
+        layout = ir.FixedLayout(x.get_device(), dtype, [m, n])
+        made = cls(layout, inputs, (key, *numbers), op_overload=ops.linear, python_kernel_name="qcompile_linear")
+        return ir.TensorBox.create(made)
+
+    def codegen(self, wrapper: Any) -> None:
+        key, *numbers = self.constant_args
+        function = f"qcompile_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        wrapper.add_import_once("from qcompile.codegen.cpp_call import caller as qcompile_caller")
+        wrapper.add_import_once("from qcompile.inductor import linear_function as qcompile_function")
+        wrapper.add_import_once("qcompile_linear = qcompile_caller().linear")
+        wrapper.add_import_once(f"{function} = qcompile_function({key!r})")
+        x, *rest = map(_address, self.inputs)
+        planes, bias = (rest, "None") if len(rest) == len(_kernels(key).scheme.format.parts) else (rest[:-1], rest[-1])
+        sizes = map(wrapper.codegen_python_sizevar, numbers)
+        self.codegen_comment(wrapper)
+        wrapper.writeline(f"qcompile_linear({', '.join((function, self.codegen_reference(), x, bias, *sizes, *planes))})")
+
+
+def _address(node: Node) -> str:
+    """A tensor in generated code that starts where ``node`` does: a view that begins at its buffer's start is not made."""
+    return node.get_name() if node.get_layout().offset == 0 else node.codegen_reference()

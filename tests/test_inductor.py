@@ -1,0 +1,147 @@
+"""Packed linear layers inside Inductor's code: direct calls, right for every way that x can lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import run_and_get_code
+
+from qcompile import inductor, ops
+from qcompile.codegen.cpp_call import caller
+from qcompile.formats import BUILT_IN, Scheme, get, reference, register_scheme
+
+N, K = 48, 64
+CALL, OPERATOR = "qcompile_linear(qcompile_", "torch.ops.qcompile.linear"
+
+VIEWS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...]]] = {
+    "as it is": (lambda x: x, (3, 5, K)),
+    "one vector": (lambda x: x, (K,)),
+    "last token": (lambda x: x[:, -1], (3, 5, K)),
+    "last token, kept": (lambda x: x[:, -1:], (3, 5, K)),
+    "from the second on": (lambda x: x[1:], (3, 5, K)),
+    "some columns": (lambda x: x[..., 8 : 8 + K], (3, 5, K + 20)),
+    "every other column": (lambda x: x[..., ::2], (4, 2 * K)),
+    "transposed": (lambda x: x.t(), (K, 7)),
+    "heads": (lambda x: x.transpose(1, 2).flatten(2), (2, 4, 5, K // 4)),
+    "computed": (lambda x: torch.relu(x) * 2, (3, 5, K)),
+    "expanded": (lambda x: x.expand(3, 5, K), (1, 1, K)),
+}
+
+
+def packed(name: str = "int8", activations: str | None = None) -> tuple[str, list[torch.Tensor], torch.Tensor]:
+    scheme = Scheme(get(name), activations)
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
+    planes = list(reference.quantize(scheme.format, weight))
+    return register_scheme(scheme), planes, reference.decode(scheme.format, planes, N, K)
+
+
+def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``function`` under plain Inductor, with the lowering installed as the backend installs it."""
+    inductor.install()
+    torch._dynamo.reset()
+    return torch.compile(function)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_x_may_lie_in_memory_in_any_way(view: str, dtype: torch.dtype) -> None:
+    key, planes, weight = packed()
+    cut, shape = VIEWS[view]
+    x = torch.randn(shape).to(dtype)
+
+    def layer(x: torch.Tensor, *planes: torch.Tensor) -> torch.Tensor:
+        return ops.linear(cut(x), list(planes), None, key, N) + 1
+
+    got, (code,) = run_and_get_code(compiled(layer), x, *planes)
+    want = cut(x).float() @ weight.t() + 1
+    assert got.dtype == dtype and got.shape == want.shape
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got.float(), want, rtol=bound, atol=5 * bound)
+    assert CALL in code and OPERATOR not in code
+    if view in ("as it is", "last token", "last token, kept", "from the second on", "some columns"):
+        call = code[code.index("def call(") : code.index("def get_args")]
+        assert call.count("cpp_fused") == 1, "x was copied"
+
+
+@pytest.mark.parametrize("bias", [torch.float32, torch.float16, torch.bfloat16])
+def test_biases_of_every_dtype(bias: torch.dtype) -> None:
+    key, planes, weight = packed()
+    x, b = torch.randn(3, K), torch.randn(N).to(bias)
+    got, (code,) = run_and_get_code(compiled(lambda x, b, *p: ops.linear(x, list(p), b, key, N)), x, b, *planes)
+    torch.testing.assert_close(got, x @ weight.t() + b.float(), rtol=1e-5, atol=1e-5)
+    assert CALL in code
+
+
+def test_other_dtypes_go_through_the_operator() -> None:
+    key, planes, weight = packed()
+    x, b = torch.randn(3, K), torch.randn(N, dtype=torch.float64)
+    got, (code,) = run_and_get_code(compiled(lambda x, b, *p: ops.linear(x, list(p), b, key, N)), x, b, *planes)
+    torch.testing.assert_close(got, (x @ weight.t() + b).float(), rtol=1e-5, atol=1e-5)
+    assert OPERATOR in code and CALL not in code
+
+
+def test_one_graph_for_every_number_of_rows() -> None:
+    key, planes, weight = packed()
+    torch._dynamo.utils.counters.clear()
+    layer = compiled(lambda x, *p: ops.linear(x, list(p), None, key, N))
+    for rows in (2, 3, 17, 64, 1000, 0):
+        x = torch.randn(rows, K)
+        torch.testing.assert_close(layer(x, *planes), x @ weight.t(), rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # of 2 rows, of any number, of none
+
+
+def test_columns_in_another_order_are_gathered_first() -> None:
+    spec, k = next(s for s in BUILT_IN if s.permuted), 256
+    planes = list(reference.quantize(spec, torch.randn(N, k)))
+    planes[-1] = torch.randperm(k).to(planes[-1].dtype)
+    key, x = register_scheme(Scheme(spec)), torch.randn(5, k)
+    got, (code,) = run_and_get_code(compiled(lambda x, *p: ops.linear(x, list(p), None, key, N)), x, *planes)
+    torch.testing.assert_close(got, x @ reference.decode(spec, planes, N, k).t(), rtol=1e-4, atol=1e-4)
+    assert CALL in code
+
+
+def test_training_keeps_the_gradient() -> None:
+    key, planes, weight = packed()
+    x = torch.randn(3, K, requires_grad=True)
+    got, codes = run_and_get_code(compiled(lambda x, *p: ops.linear(x, list(p), None, key, N).square().sum()), x, *planes)
+    got.backward()
+    want = x.detach().clone().requires_grad_()
+    (want @ weight.t()).square().sum().backward()
+    torch.testing.assert_close(x.grad, want.grad, rtol=1e-4, atol=1e-4)
+    assert CALL in codes[0]
+
+
+def test_threads_are_torchs_own_at_each_call() -> None:
+    """A graph compiled under one number of threads is right under another."""
+    key, planes, weight = packed()
+    layer, before, x = compiled(lambda x, *p: ops.linear(x, list(p), None, key, N)), torch.get_num_threads(), torch.randn(2, K)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            torch.testing.assert_close(layer(x, *planes), x @ weight.t(), rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_c_function_refuses_what_it_cannot_call() -> None:
+    linear, x = caller().linear, torch.zeros(1, K)
+    with pytest.raises(TypeError, match="1 to 16 planes"):
+        linear(1, x, x)
+    with pytest.raises(TypeError, match="non-tensor"):
+        linear(1, 3, x, None, *range(7), x)
+    with pytest.raises(TypeError, match="integer"):
+        linear(1, x, x, None, "a", *range(6), x)
+    with pytest.raises(OverflowError):
+        linear(1, x, x, None, 2**70, *range(6), x)
+
+
+def test_caches_of_other_versions_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with inductor.keyed():
+        first = torch.compiler.config.cache_key_tag
+    monkeypatch.setattr(inductor, "_version", lambda: "another")
+    with inductor.keyed():
+        assert torch.compiler.config.cache_key_tag not in (first, "")
+    assert torch.compiler.config.cache_key_tag == ""
