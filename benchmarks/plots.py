@@ -46,7 +46,8 @@ def attention(rows: Rows, axes: Any) -> None:
     for cache in dict.fromkeys(r["cache"] for r in rows):
         own = [r for r in rows if r["cache"] == cache]
         axes.plot([r["tokens"] for r in own], [r["over folded"] for r in own], marker="o", label=cache)
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="× torch's fastest in bf16", title="One token attends")
+    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="× torch's fastest in bf16",
+             title="One token attends")  # fmt: skip
     axes.grid(alpha=0.3), axes.legend()
 
 

@@ -47,5 +47,6 @@ def run() -> list[dict[str, Any]]:
                 done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env)
                 row = json.loads(next(x for x in done.stdout.splitlines() if x.startswith("ROW"))[4:])
                 base = next((r for r in rows if r["policy"] == "bf16" and r["process"] == process), row)
-                rows.append({"policy": policy, "process": process, **row, "over bf16": row["first call s"] / base["first call s"]})
+                over = row["first call s"] / base["first call s"]
+                rows.append({"policy": policy, "process": process, **row, "over bf16": over})
     return rows

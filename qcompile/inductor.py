@@ -36,8 +36,9 @@ def install() -> None:
 
 def keyed() -> AbstractContextManager[None]:
     """While Inductor compiles: its caches keep what was compiled by other versions of this lowering apart."""
-    tag = torch.compiler.config.cache_key_tag
-    return cast(AbstractContextManager[None], torch.compiler.config.patch(cache_key_tag=f"{tag}qcompile {_version()}"))
+    config: Any = torch.compiler.config
+    tagged: AbstractContextManager[None] = config.patch(cache_key_tag=f"{config.cache_key_tag}qcompile {_version()}")
+    return tagged
 
 
 @functools.cache

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from qcompile import inductor, ops

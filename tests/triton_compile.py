@@ -165,8 +165,8 @@ def amd_facts(compiled: Any) -> dict[str, Any]:
     text = compiled.asm["amdgcn"]
     registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
     stores = len(re.findall(r"(?:buffer|global)_store", text))
-    return {"spills": spills(compiled), "registers": registers, "threads": 64 * compiled.metadata.num_warps, "loop": 0, "weights": 0,
-            "matrix": sorted(set(re.findall(r"v_mfma_\w+", text))), "stores": stores}  # fmt: skip
+    return {"spills": spills(compiled), "registers": registers, "threads": 64 * compiled.metadata.num_warps, "loop": 0,
+            "weights": 0, "matrix": sorted(set(re.findall(r"v_mfma_\w+", text))), "stores": stores}  # fmt: skip
 
 
 def code_facts(kernels: Compiled, name: str, compiled: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class CpuKernels:
         library, self.path = load_library(self.source, isa)
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         planes = (pointer,) * len(scheme.format.parts)
-        self.address = ctypes.cast(library.qc_linear, pointer).value
+        self.address: int = ctypes.cast(library.qc_linear, pointer).value or 0
         self._call = caller().linear
         self._decode = library.qc_decode
         self._decode.argtypes = [pointer, number, number, size, size, size, *planes]

@@ -10,6 +10,7 @@ import sysconfig
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -37,5 +38,6 @@ def caller() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     threads = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_get_num_threads, ctypes.c_void_p).value
-    module.connect(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr, threads)
+    guards: Any = torch._C._dynamo.guards
+    module.connect(guards._torchinductor_pyobject_tensor_data_ptr, threads)
     return module
