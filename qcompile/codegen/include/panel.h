@@ -5,9 +5,9 @@ namespace {
 constexpr int NT = QC_BYTES == 64 ? 4 : 1;
 constexpr int MOST = QC_BYTES >= 32 ? 6 : 4;  // rows of a register tile, which fills the registers
 constexpr int PANEL = NT * LANES;   // outputs of a panel
-constexpr int64_t STEPS = 128;      // 32-bit lanes along k of a panel: 32 KB of scratch on AVX-512
+constexpr int64_t STEPS = 256;      // 32-bit lanes along k of a panel: 64 KB of scratch on AVX-512
 constexpr int64_t EXACT_SPAN = 256; // spans from which scaling sums in float32 is nearly free (a tenth of the time at 32)
-constexpr int64_t ROWS = 256;       // rows of x that a decoded panel serves
+constexpr int64_t ROWS = 1024;      // rows of x that a decoded panel serves: 256 KB of sums
 
 constexpr int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
 
