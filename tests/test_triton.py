@@ -1,7 +1,10 @@
 """Generated Triton kernels on a machine without a GPU: interpreted against the reference, and compiled for five targets."""
 
+import collections
 import importlib.util
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -207,6 +210,29 @@ def test_each_gpu_gets_the_text_that_it_can_run() -> None:
 
     assert "byte_perm" in triton_kernels(scheme("nf4")).source and "byte_perm" not in triton_kernels(scheme("int4_g128")).source
     assert "byte_perm" not in Other(scheme("nf4")).source and "libdevice" not in Other(scheme("nf4")).source
+
+
+def test_a_product_that_spills_takes_a_smaller_tile() -> None:
+    """Until it fits: half the rows, then half the weights. Kernels that fit stay."""
+    launched: list[tuple[int, int]] = []
+
+    class Spilling(TritonKernels):
+        def _target(self, x: torch.Tensor) -> Target:
+            return Target("cuda", "90")
+
+        def kernel(self, name: str) -> Any:
+            def launch(**options: Any) -> SimpleNamespace:
+                launched.append((options["BM"], options["BT"]))
+                return SimpleNamespace(n_spills=3 if options["BM"] > 16 or options["BT"] > 4 else 0)
+
+            return collections.defaultdict(lambda: lambda *_, **options: launch(**options))
+
+    kernels, spec = Spilling(scheme("int4_g128")), get("int4_g128")
+    planes = [torch.empty(spec.part_shape(p, 4096, 256), dtype=p.dtype, device="meta") for p in spec.parts]
+    for _ in range(6):
+        kernels.linear(torch.empty(64, 256, dtype=torch.bfloat16, device="meta"), planes, None, 4096)
+    assert launched == [(64, 8), (32, 8), (16, 8)] + 3 * [(16, 4)]
+    assert tiles.smaller(tiles.Tile("dot", 2, 16, 4, 4)) is None
 
 
 def test_a_cpu_tensor_is_refused() -> None:
