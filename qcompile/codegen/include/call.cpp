@@ -1,4 +1,4 @@
-// A Python module that calls kernels: tensors by their addresses, without the interpreter lock, in a fraction of a
+// A Python module that calls kernels: tensors by their addresses, without the interpreter lock, in less than a
 // microsecond. It knows torch by two addresses only, so it is built once for every version.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
