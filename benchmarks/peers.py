@@ -16,24 +16,27 @@ from torch import nn
 Model = Callable[[torch.Tensor], Any]
 """Takes ids ``[1, tokens]`` of a prompt that starts anew."""
 
-FROZEN = {"freezing": True}
-"""Inductor packs weights for the vendor's library when it compiles."""
-
 
 def missing() -> list[str]:
     """Names of the peers that are not installed here."""
     return [name for name in ("torchao", "llama_cpp") if importlib.util.find_spec(name) is None]
 
 
-def compiled(model: nn.Module, options: dict[str, Any] | None = None) -> Model:
-    """``model`` through Inductor, without a cache of keys and values."""
-    run = torch.compile(model, dynamic=False, options=options)
-    return lambda ids: run(ids, use_cache=False)
+def compiled(model: nn.Module, frozen: bool = False) -> Model:
+    """``model`` through Inductor, without a cache of keys and values. ``frozen``: Inductor packs weights for the vendor's
+    library when it compiles; Dynamo reads that setting too, so it does nothing as an option of ``torch.compile``."""
+    run = torch.compile(model, dynamic=False)
+
+    def call(ids: torch.Tensor) -> Any:
+        with torch._inductor.config.patch(freezing=frozen):
+            return run(ids, use_cache=False)
+
+    return call
 
 
 def of_torch(floats: nn.Module) -> Iterator[tuple[str, Model]]:
-    """bf16 as it is, and with packed weights."""
-    yield "bf16, frozen", compiled(copy.deepcopy(floats), FROZEN)
+    """bf16 with the weights packed at compilation."""
+    yield "bf16, frozen", compiled(copy.deepcopy(floats), frozen=True)
 
 
 def of_torchao(floats: nn.Module) -> Iterator[tuple[str, Model]]:
@@ -44,16 +47,16 @@ def of_torchao(floats: nn.Module) -> Iterator[tuple[str, Model]]:
     from torchao import quantization as ao
     from torchao.prototype.quantization.int4 import inference_workflow as int4
 
-    schemes: dict[str, tuple[Any, dict[str, Any] | None]] = {
-        "torchao int8": (ao.Int8WeightOnlyConfig(set_inductor_config=False), None),
-        "torchao int8, frozen": (ao.Int8WeightOnlyConfig(set_inductor_config=False), FROZEN),
-        "torchao int8_dynamic, frozen": (ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), FROZEN),
-        "torchao int4 g128": (int4.PrototypeInt4WeightOnlyConfig(group_size=128, set_inductor_config=False), None),
+    schemes = {
+        "torchao int8": (ao.Int8WeightOnlyConfig(set_inductor_config=False), False),
+        "torchao int8, frozen": (ao.Int8WeightOnlyConfig(set_inductor_config=False), True),
+        "torchao int8_dynamic, frozen": (ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), True),
+        "torchao int4 g128": (int4.PrototypeInt4WeightOnlyConfig(group_size=128, set_inductor_config=False), False),
     }
-    for name, (config, options) in schemes.items():
+    for name, (config, frozen) in schemes.items():
         model = copy.deepcopy(floats)
         ao.quantize_(model, config)
-        yield name, compiled(model, options)
+        yield name, compiled(model, frozen)
 
 
 def of_llama_cpp(floats: nn.Module, threads: int) -> Iterator[tuple[str, Model]]:

@@ -113,14 +113,15 @@ def test_scales_are_multiplied_once_per_period(programs: dict[str, Report]) -> N
 
     LLVM has no packed bfloat16 arithmetic below sm_90; on sm_80 the assembler pairs what it wrote one by one, all of linear
     codes, but of minifloats only those in the low halves of registers: 3 instructions for 4 weights. Float32 activations take
-    short tiles, whose weights two warps decode where they do not come in the layout of the product.
+    short tiles, whose weights several warps decode where they do not come in the layout of the product: 64 a thread at least.
     """
     for r in compiled(programs, "dot", "dot8"):
         scaled = r["accumulators"] * r["products"] * (1 + r["offset"])
         assert r["scalar_multiplies"] <= scaled + 24 * r["products"], shown([r])
         unpaired = r["arch"] == 80 and r["decoder"] == "minifloat" and "bfloat16" in r["dtype"]
         twice = "float32" in r["dtype"] and not r["direct"]
-        assert r["pair_multiplies"] <= r["weights"] * (1.0 if twice else 0.75 if unpaired else 0.5) + 16, shown([r])
+        pairs = max(r["weights"], 64) if twice else r["weights"] * (0.75 if unpaired else 0.5)
+        assert r["pair_multiplies"] <= pairs + 16, shown([r])
         assert r["kernel"] == "dot" or r["pair_multiplies"] <= 16, shown([r])
     for r in compiled(programs, "gemv"):
         words = r["weights"] / r["group"]
@@ -138,13 +139,15 @@ def test_tables_are_looked_up_by_byte_permutes(programs: dict[str, Report]) -> N
 
 def test_instructions_for_each_weight(programs: dict[str, Report]) -> None:
     """A guard against layouts that stop matching: then every weight passes through shared memory, at 3 to 5 more. Where
-    periods are shorter than four groups of words it does so anyway, and scales come more often. Formats with an offset have
-    twice the scales."""
+    periods are shorter than four groups of words it does so anyway, and scales come more often. On sm_80,
+    without packed bfloat16 arithmetic or wgmma, the sums of x that an offset needs come on top."""
     for r in compiled(programs, "gemv"):
-        assert r["loop"] <= (9.0 + 0.25 * r["offset"]) * r["weights"], shown([r])
+        sums = 0.25 if r["offset"] and r["arch"] == 80 else 0.0
+        assert r["loop"] <= (9.0 + sums) * r["weights"], shown([r])
     for r in compiled(programs, "dot", "dot8"):
         if r["rows"] == 16 and "float32" not in r["dtype"]:
-            assert 0 < r["loop"] <= ((6.0 if r["direct"] else 11.0) + r["offset"]) * r["weights"], shown([r])
+            sums = 0.75 if r["offset"] and r["arch"] == 80 and r["direct"] else 0.0
+            assert 0 < r["loop"] <= ((6.0 if r["direct"] else 11.0) + sums) * r["weights"], shown([r])
 
 
 # What needs no Triton at all.
