@@ -59,6 +59,7 @@ class Compilation:
         self.sites = discover(gm, example_inputs, self.owners.name)
         self.device = _device(self.values.values())
         self.target = target.of(self.device)
+        self.recorder.policy = options.policy.resolved(self.target)
 
     def conversions(self) -> list[Conversion]:
         """Records every site, and returns the weights to pack, each once: those of this graph, then of its siblings.

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import explain, quantize_
+    from .bisection import bisect
+    from .comparison import compare
     from .formats import ROW, Codebook, FormatSpec, Plane, Scheme, register_format, symbols
     from .kv_cache import KVCache, PagedKVCache
     from .passes.convert import restore_
@@ -18,13 +20,13 @@ if TYPE_CHECKING:
     from .tensor import QuantizedTensor
 
 _HOMES = {
-    "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
+    "explain": "api", "quantize_": "api", "restore_": "passes.convert", "compare": "comparison", "bisect": "bisection", "Plan": "plan", "Policy": "policy",
     "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
 __all__ = ["ROW", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy", "QuantizedTensor", "Scheme",
-           "explain", "quantize_", "register_format", "restore_", "symbols"]  # fmt: skip
+           "bisect", "compare", "explain", "quantize_", "register_format", "restore_", "symbols"]  # fmt: skip
 __version__ = "0.1.0"
 
 

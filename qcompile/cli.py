@@ -6,10 +6,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__
+from . import __version__, cli_debug
 from .formats import REGISTRY, FormatSpec, Plane, activations_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A quantizing backend for torch.compile.")
+cli_debug.register(app)
 
 
 @app.command()

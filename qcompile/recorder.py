@@ -8,13 +8,16 @@ from collections.abc import Iterable
 from torch import nn
 
 from .plan import Plan, Record, Site
+from .policy import Policy
 
 
 class Recorder:
-    """Collects the records of all graphs of one model into one :class:`~qcompile.plan.Plan`."""
+    """Collects the records of all graphs of one model into one :class:`~qcompile.plan.Plan`; ``policy`` is the one that
+    decided last."""
 
     def __init__(self) -> None:
         self.plan = Plan()
+        self.policy: Policy | None = None
 
     def add(self, *records: Record) -> None:
         """For a site that was recorded before, the latest record stands."""

@@ -18,11 +18,13 @@ LAYERS = [
     {"ops"},
     {"inductor"},
     {"tensor", "tensor_ops", "kv_cache"},
-    {"plan", "rules", "hf_cache", "presets", "gguf_presets", "recorder", "owners", "guards", "dynamo_errors", "calibrate"},
+    {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "calibrate"},
     {"policy", "report"},
-    {"options"},
+    {"options", "recorder"},
+    {"comparison"},
+    {"suggestion"},
     {"passes"},
-    {"api", "cli"},
+    {"api", "cli", "cli_debug", "bisection"},
     {"backend"},
 ]
 """From the ground up: a module imports from its own layer or below."""
