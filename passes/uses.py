@@ -88,7 +88,7 @@ def _other_use(node: Node, name: str, weight: Node, graph: Graph) -> Use:
         return Use(node, "other", problem="the weight is an output of the graph")
     if "grouped_mm" in name:
         experts = graph.inputs.parameters[weight].shape[0]
-        return Use(node, "matmul", problem=f"{name} ({node.name}) multiplies by {experts} experts at once; packed weights have two "
-                                           "dimensions")  # fmt: skip
+        reason = f"{name} ({node.name}) multiplies by {experts} experts at once; a packed weight has two dimensions"
+        return Use(node, "matmul", problem=reason)
     operator = "matmul" if name in MULTIPLIES else "other"
     return Use(node, operator, problem=f"{name or node.op} ({node.name}) takes no packed weight")

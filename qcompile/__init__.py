@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .tensor import QuantizedTensor
 
 _HOMES = {
-    "explain": "api", "quantize_": "api", "restore_": "passes.convert", "compare": "comparison", "bisect": "bisection", "Plan": "plan", "Policy": "policy",
+    "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
+    "compare": "comparison", "bisect": "bisection",
     "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .dynamo_errors import as_themselves
 from .options import Options
 from .owners import Owners, unwrapped
 from .passes.convert import Conversion
@@ -17,6 +16,7 @@ from .plan import Decision, Record, Site
 from .recorder import Recorder, recorder_of
 from .report import Report
 from .tensor import QuantizedTensor
+from .tracing import call_through
 
 
 def explain(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> Report:
@@ -81,6 +81,5 @@ def _traced(
         found.extend(Compilation(gm, example_inputs, options, recorder).conversions())
         return gm.forward
 
-    with as_themselves():
-        torch.compile(unwrapped(model), backend=look)(*args, **kwargs)
+    call_through(model, look, args, kwargs)
     return found

@@ -13,13 +13,13 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from .api import quantize_
-from .dynamo_errors import as_themselves
 from .errors import CompareError
 from .options import Options
 from .owners import unwrapped
 from .passes.costs import source
 from .passes.pipeline import Compilation
 from .passes.trace import module_name, op_name
+from .tracing import call_through
 
 Key = tuple[int, str]
 """Number of the graph in the order of execution, and name of the node."""
@@ -127,8 +127,8 @@ def _values(
 
         return run
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), as_themselves():
-        torch.compile(subject, backend=look)(*args, **kwargs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        call_through(subject, look, args, kwargs)
     return iter(found)
 
 

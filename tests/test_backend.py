@@ -421,3 +421,10 @@ def test_compilation_caches_are_not_bypassed(tmp_path, monkeypatch: pytest.Monke
         assert_right(model, torch.compile(model, backend="qcompile", options={"policy": "int4"}), x)
         assert counters["aot_autograd"][f"autograd_cache_{expected}"] == 1
         assert counters["aot_autograd"]["autograd_cache_bypass"] == 0 == counters["inductor"]["fxgraph_cache_bypass"]
+
+
+def test_a_model_can_be_looked_at_any_number_of_times(fresh_dynamo: None) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.ones(1, 16)
+    for _ in range(12):
+        (record,) = qcompile.explain(model, x, policy="int8").plan
+        assert record.decision.scheme is not None

@@ -40,7 +40,8 @@ def make(broken: bool = False) -> tuple[nn.Module, torch.Tensor]:
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_first_node_that_differs_is_found(broken: bool) -> None:
     model, x = make(broken)
-    found = qcompile.bisect(model, x, a={"first": "int8", "third": "int8"}, b={"first": "int8", "second": "int4", "third": "int8"})
+    policy = {"first": "int8", "third": "int8"}
+    found = qcompile.bisect(model, x, a=policy, b={**policy, "second": "int4"})
     assert found is not None and (found.layer, found.operator, found.shape) == ("second", "linear", (4, 64))
     assert found.graph == int(broken) and found.agreed == 2 and 1e-3 < found.error < 0.3
     path, line = found.source.rsplit(":", 1)

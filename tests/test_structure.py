@@ -19,6 +19,7 @@ LAYERS = [
     {"inductor"},
     {"tensor", "tensor_ops", "kv_cache"},
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "calibrate"},
+    {"tracing"},
     {"policy", "report"},
     {"options", "recorder"},
     {"comparison"},
