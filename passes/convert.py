@@ -50,9 +50,10 @@ class Conversion:
             slot.set(parameter)
 
     def measure(self) -> None:
-        """Packs, reports to ``done`` and lets go: what :meth:`run` would do, without doing it."""
+        """Packs, reports to ``done`` and lets go: what :meth:`run` would do, without doing it. A weight on the meta device has
+        no values to measure."""
         original = self.slots[0].get()
-        if original is not None and not isinstance(original, QuantizedTensor):
+        if original is not None and not isinstance(original, QuantizedTensor) and not original.is_meta:
             self._pack(original)
 
     @torch.no_grad()

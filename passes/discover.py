@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from qcompile.names import module_name
 from qcompile.plan import LINEAR, Site
 
 from .attention import read
 from .costs import flops, source
 from .roles import Roles, find_roles
 from .sites import Attention, Embedding, Graph, Linear, find_attention, projections
-from .trace import Inputs, Operand, ancestors, example, module_name, op_name, operand, resolve, sizes
+from .trace import Inputs, Operand, ancestors, example, op_name, operand, resolve, sizes
 from .uses import Use, is_transposed, site_operator, uses_of
 from .vocabulary import PRODUCTS, WEIGHT_OPERANDS
 

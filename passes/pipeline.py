@@ -17,12 +17,14 @@ from qcompile.owners import Owners, Slot, slot_at
 from qcompile.plan import Decision, Record, Site
 from qcompile.policy import check_rules
 from qcompile.recorder import Recorder, recorder_of
+from qcompile.report import Picture
 from qcompile.tensor import QuantizedTensor
 
 from .attention import rewrite
 from .calibrate import GPTQ, UNSEEN, Weight, rounded
 from .convert import Conversion
 from .discover import attention_of, discover
+from .picture import picture
 from .siblings import siblings
 
 GRAD = "the weight requires grad in grad mode; call under torch.no_grad(), or model.requires_grad_(False)"
@@ -90,6 +92,10 @@ class Compilation:
         decisions = [r.decision for r in records if r is not None]
         schemes = {d.site.name: d.scheme for d in decisions if d.scheme is not None}
         return rewrite(attention_of(self.gm, self.example_inputs, self.owners.name), schemes) if schemes else 0
+
+    def picture(self, name: str) -> Picture:
+        """The graph as plain data."""
+        return picture(self.gm, self.sites, self.values, self.owners.name, name)
 
     def _decide(self, sites: list[Site], found: dict[int, Conversion]) -> None:
         """Asks the policy about float ``sites``; adds to ``found``, by parameter, what it wants packed."""

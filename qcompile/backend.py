@@ -43,7 +43,7 @@ def qcompile(
     from . import inductor
 
     inductor.install()
-    with inductor.keyed():
+    with inductor.keyed(gm):
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=parsed.inductor_patches())
     return compiled
 

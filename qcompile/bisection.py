@@ -14,11 +14,12 @@ from torch.utils import _pytree as pytree
 
 from .api import quantize_
 from .errors import CompareError
+from .names import module_name
 from .options import Options
 from .owners import unwrapped
 from .passes.costs import source
 from .passes.pipeline import Compilation
-from .passes.trace import module_name, op_name
+from .passes.trace import op_name
 from .tracing import call_through
 
 Key = tuple[int, str]

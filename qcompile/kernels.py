@@ -50,6 +50,17 @@ def for_scheme(scheme: Scheme, device_type: str) -> Kernels:
     return cpu_kernels(scheme)
 
 
+def source_of(scheme: Scheme, device_type: str) -> str:
+    """The text that is generated for ``scheme`` on ``"cpu"`` or ``"cuda"``; nothing is compiled for a CPU."""
+    if scheme.format.permuted:
+        return source_of(replace(scheme, format=replace(scheme.format, permuted=False)), device_type)
+    if device_type == "cuda":
+        return for_scheme(scheme, device_type).source
+    from .codegen.cpp import source
+
+    return source(scheme)
+
+
 class AttentionKernels(Protocol):
     """What a code generator gives for keys and values of two formats; planes as in :mod:`qcompile.kv_cache`."""
 

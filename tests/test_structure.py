@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "target"},
+    {"errors", "target", "names", "logs"},
     {"formats"},
     {"codegen"},
     {"kernels", "checkpoints"},
@@ -21,6 +21,7 @@ LAYERS = [
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "calibrate"},
     {"tracing"},
     {"policy", "report"},
+    {"timing"},
     {"options", "recorder"},
     {"comparison"},
     {"suggestion"},

@@ -19,6 +19,9 @@ from .cpp_build import built
 
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-w")
 
+HAS_CALLBACKS = "_ZN2at12hasCallbacksEv"
+"""``at::hasCallbacks()``: whether a profiler or another observer listens."""
+
 
 @functools.cache
 def caller() -> ModuleType:
@@ -37,7 +40,13 @@ def caller() -> ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    threads = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_get_num_threads, ctypes.c_void_p).value
     guards: Any = torch._C._dynamo.guards
-    module.connect(guards._torchinductor_pyobject_tensor_data_ptr, threads)
+    profiler: Any = torch._C._profiler
+    module.connect(guards._torchinductor_pyobject_tensor_data_ptr, _address("torch_get_num_threads"), _address(HAS_CALLBACKS),
+                   profiler._RecordFunctionFast)  # fmt: skip
     return module
+
+
+def _address(symbol: str) -> int | None:
+    """Of a function in the libraries that torch has loaded."""
+    return ctypes.cast(getattr(ctypes.CDLL(torch._C.__file__), symbol), ctypes.c_void_p).value
