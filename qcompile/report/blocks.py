@@ -37,14 +37,9 @@ class Laid:
 
 
 def block_of(step: Step) -> str:
-    """The name of the block that the step lies in; empty for none."""
-    module = step.module or _common([p.rpartition(".")[0] for p in step.parameters])
-    match = BLOCK.match(module)
+    """The name of the block that the step lies in; empty for none, and for the graph's inputs."""
+    match = BLOCK.match(step.module) if step.operator != "input" else None
     return match[0] if match else ""
-
-
-def _common(modules: list[str]) -> str:
-    return modules[0] if modules else ""
 
 
 def cut(picture: Picture, say: Say) -> Laid:

@@ -49,13 +49,15 @@
   }
 
   function top() {
-    // A tall graph is shown from its beginning, readable, rather than whole and tiny.
+    // A graph too large to be read whole is shown readable around its first block, or from its beginning.
     if (!cy.nodes().length) return;
     cy.fit(undefined, 20);
     if (cy.zoom() >= 0.6) return;
     const box = cy.nodes().boundingBox();
+    const block = cy.nodes("[kind = 'block']");
     cy.zoom(0.8);
-    cy.pan({ x: cy.width() / 2 - (0.8 * (box.x1 + box.x2)) / 2, y: 20 - 0.8 * box.y1 });
+    if (block.length) cy.center(block[0]);
+    else cy.pan({ x: cy.width() / 2 - (0.8 * (box.x1 + box.x2)) / 2, y: 20 - 0.8 * box.y1 });
   }
 
   function enter(name, names) {
