@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 
-from qcompile.errors import QCompileError
+from qcompile.errors import QCompileError, WeightError
 from qcompile.formats import Scheme, reference
 from qcompile.owners import Slot
 from qcompile.tensor import QuantizedTensor, as_parameter, quantize, tensor_class
@@ -26,7 +26,8 @@ class Conversion:
 
     ``looked_up``: it is an embedding's table, which no calibration rounds. ``planes`` are those of the packed weight where
     a calibration has rounded it (None: round to nearest).
-    ``done(packed, bytes before, SQNR in dB)`` is called once it is stored.
+    ``done(packed, bytes before, SQNR in dB)`` is called once it is stored; ``failed(reason)``, if there is one, in place of
+    raising when the weight cannot be packed, which then stays as it is.
     """
 
     layer: str
@@ -37,13 +38,20 @@ class Conversion:
     done: Callable[[QuantizedTensor, int, float], None]
     planes: tuple[torch.Tensor, ...] | None = None
     looked_up: bool = False
+    failed: Callable[[str], None] | None = None
 
     def run(self) -> None:
         """Packs and stores; the float original goes when its last holder lets go. Raises ``WeightError`` naming the layer."""
         original = self.slots[0].get()
         if original is None or isinstance(original, QuantizedTensor):
             return
-        parameter = as_parameter(self._pack(original))
+        try:
+            parameter = as_parameter(self._pack(original))
+        except WeightError as error:
+            if self.failed is None:
+                raise
+            self.failed(str(error))
+            return
         for slot in self.slots:
             if self.keep:
                 slot.module.__dict__.setdefault(ORIGINALS, {})[slot.name] = original

@@ -53,7 +53,7 @@ def quantize_(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -
     """
     with torch.no_grad():
         recorder = recorder_of(_root(model))
-        look = Look(Options.parse({"policy": policy}, None), recorder)
+        look = Look(Options.parse({"policy": policy}, None), recorder, packs=True)
         call_through(model, look, args, kwargs)
         for conversion in look.conversions:
             conversion.run()
@@ -81,15 +81,17 @@ def _unseen(model: nn.Module, recorder: Recorder) -> list[Record]:
 
 
 class Look:
-    """A backend that takes down what qcompile would do with each graph and runs it as it is."""
+    """A backend that takes down what qcompile would do with each graph and runs it as it is. ``packs``: its conversions will be
+    run, so their kernels are built."""
 
-    def __init__(self, options: Options, recorder: Recorder) -> None:
-        self.options, self.recorder = options, recorder
+    def __init__(self, options: Options, recorder: Recorder, packs: bool = False) -> None:
+        self.options, self.recorder, self.packs = options, recorder, packs
         self.conversions: list[Conversion] = []
         self.graphs: list[Picture] = []
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         compilation = Compilation(gm, example_inputs, self.options, self.recorder)
-        self.conversions += compilation.conversions()
+        found = compilation.conversions()
+        self.conversions += compilation.ready(found) if self.packs else found
         self.graphs.append(compilation.picture(f"graph {len(self.graphs)}"))
         return gm.forward

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from . import trail
 from .dynamo_errors import as_themselves
 from .guards import drop_plane_guards
 from .options import Options
 from .passes.convert import Pending, Retrace
 from .passes.kv_cache import packs_caches
 from .passes.pipeline import Compilation
+from .repro import on_failure, write
 
 
 def qcompile(
@@ -29,14 +31,21 @@ def qcompile(
     :class:`~qcompile.options.Options`. Raises the errors of :mod:`qcompile.errors` as themselves.
     """
     with as_themselves():
-        Pending.finish_all()
         parsed = Options.parse(options, mode)
-        compilation = Compilation(gm, example_inputs, parsed)
-        switched = packs_caches(compilation.root, parsed.kv_cache)
-        conversions = compilation.conversions()
+        with on_failure(gm, example_inputs, parsed):
+            return _compiled(gm, example_inputs, parsed)
+
+
+def _compiled(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) -> Callable[..., Any]:
+    Pending.finish_all()
+    compilation = Compilation(gm, example_inputs, parsed)
+    switched = packs_caches(compilation.root, parsed.kv_cache)
+    conversions = compilation.ready(compilation.conversions())
     if conversions or switched:
+        trail.graph(gm, "before")
         raise Retrace(conversions)
     compilation.lower_attention()
+    _leave(gm, compilation)
     drop_plane_guards(gm, example_inputs)
     from torch._inductor.compile_fx import compile_fx
 
@@ -46,6 +55,16 @@ def qcompile(
     with inductor.keyed(gm):
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=parsed.inductor_patches())
     return compiled
+
+
+def _leave(gm: torch.fx.GraphModule, compilation: Compilation) -> None:
+    """Logs, traces and files of a graph that goes to Inductor."""
+    plan = compilation.plan()
+    trail.graph(gm, "after")
+    trail.decisions(plan)
+    trail.kernels(plan, compilation.device)
+    if (folder := trail.folder()) is not None:
+        write(folder, gm, compilation.example_inputs, compilation.options)
 
 
 def _reset() -> None:

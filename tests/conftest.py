@@ -22,6 +22,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("\n".join(lines))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def debug_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Repros that failures leave go to a temporary folder."""
+    torch._dynamo.config.debug_dir_root = str(tmp_path_factory.mktemp("torch_compile_debug"))
+
+
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     """No compiled code and no counters from other tests; gradients off."""
