@@ -1,4 +1,4 @@
-"""Commands of ``qcompile`` for looking inside: ``bisect``."""
+"""Commands of ``qcompile`` for looking inside: ``bisect``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .comparison import arguments
 def register(app: typer.Typer) -> None:
     """Adds the commands of this module to ``app``."""
     app.command()(bisect)
+    app.command()(doctor)
 
 
 def bisect(
@@ -35,6 +36,23 @@ def bisect(
     else:
         typer.echo(str(found) if found is not None else f"no node differs by more than {tolerance}")
     raise typer.Exit(0 if found is None else 1)
+
+
+def doctor() -> None:
+    """Looks at versions, devices, compilers and the cache: what will run fast and what will not. Exits with 1 if something is
+    broken."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .doctor import BROKEN, GOOD, SLOW, examine
+
+    colors = {GOOD: "green", SLOW: "yellow", BROKEN: "red"}
+    findings = examine()
+    table = Table("", "found", "state", "what follows")
+    for f in findings:
+        table.add_row(f.what, f.found, f"[{colors[f.state]}]{f.state}[/]", f.advice)
+    Console().print(table)
+    raise typer.Exit(int(any(f.state == BROKEN for f in findings)))
 
 
 def _made_by(script: str) -> tuple[Any, Any]:

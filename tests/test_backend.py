@@ -428,3 +428,20 @@ def test_a_model_can_be_looked_at_any_number_of_times(fresh_dynamo: None) -> Non
     for _ in range(12):
         (record,) = qcompile.explain(model, x, policy="int8").plan
         assert record.decision.scheme is not None
+
+
+def test_layers_are_timed_as_they_are(fresh_dynamo: None) -> None:
+    model, x = stack(0), torch.randn(4, 64)
+    qcompile.quantize_(model, x, policy="int8")
+    report = qcompile.explain(model, x, policy="int8", measure=True)
+    linear = [r.decision.site.key for r in report.plan if r.decision.site.is_linear]
+    assert set(report.times) == set(linear) and len(linear) >= 7
+    assert all(0 < t.bound < 1 and 0 < t.measured < 1 for t in report.times.values())
+
+
+def test_models_without_values_are_explained(fresh_dynamo: None) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval()
+    report = qcompile.explain(model, torch.ones(4, 256, device="meta"), policy="int4", measure=True)
+    assert [r.sqnr for r in report.plan] == [None, None] and report.times == {}
+    assert report.plan.totals().quantized == 2 and report.plan.totals().flops == 2 * 2 * 4 * 256 * 512

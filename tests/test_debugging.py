@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.profiler import profile
 
-import qcompile
 from qcompile.errors import KernelBuildError, WeightError
 from qcompile.logs import ARTIFACTS
 from qcompile.recorder import recorder_of
@@ -60,8 +59,8 @@ def test_tlparse_shows_plan_graphs_and_code(tmp_path: Path) -> None:
     tlparse = Path(sys.executable).with_name("tlparse")
     subprocess.run([tlparse, log, "-o", tmp_path / "page", "--no-browser"], check=True, capture_output=True)
     index = (tmp_path / "page" / "index.html").read_text()
-    for name in ("qcompile_graph_before", "qcompile_graph_after", "qcompile_plan_json", "qcompile_plan_string", "qcompile_code_int8"):
-        assert name in index
+    for name in ("graph_before", "graph_after", "plan_json", "plan_string", "code_int8"):
+        assert f"qcompile_{name}" in index
     (plan,) = (tmp_path / "page").rglob("qcompile_plan_json*")
     assert [r["name"] for r in json.loads(plan.read_text())["records"]] == ["0", "2"]
 

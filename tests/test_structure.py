@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "target", "names", "logs"},
+    {"errors", "target", "names", "logs", "variables"},
     {"formats"},
     {"codegen"},
-    {"kernels", "checkpoints"},
+    {"kernels", "checkpoints", "doctor"},
     {"ops"},
     {"inductor"},
     {"tensor", "tensor_ops", "kv_cache"},
