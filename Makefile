@@ -43,7 +43,7 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --upgrade 'setuptools>=77'
 	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[test]'
-	$(BIN)/pip install --quiet --no-deps --target $(VENV)/torchvision '$(TORCHVISION)'
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/torchvision '$(TORCHVISION)'
 	touch $@
 
 $(VENV)/.ready-bench: $(READY)

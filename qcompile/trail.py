@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from torch._guards import CompileContext
-from torch._logging import trace_structured
-from torch._logging._internal import trace_log
+from torch._logging._internal import trace_log, trace_structured
 
 from .kernels import source_of
 from .logs import artifact
