@@ -201,7 +201,7 @@ def test_layers_compiled_one_by_one_are_told_apart() -> None:
         layer.compile(backend="qcompile", options=OPTIONS)
     with pytest.warns(UserWarning, match=r"4 weights to nearest \(layers\.1\.up.*whole model is compiled"):
         model(correlated(100, 64))
-    report = str(qcompile.explain(model, correlated(100, 64)))
+    report = str(qcompile.explain(model, correlated(100, 64)).unfolded())
     assert report.count("rounded by GPTQ") == 2
     assert report.count("rounded to nearest: the layer's inputs were not seen") == 4
 
@@ -211,7 +211,7 @@ def test_formats_that_gptq_does_not_serve_say_so() -> None:
     compiled = torch.compile(model, backend="qcompile", options={"policy": two_scales(), "rounding": "gptq"})
     with pytest.warns(UserWarning, match="6 weights to nearest"):
         compiled(torch.randn(20, 64))
-    report = str(qcompile.explain(compiled, torch.randn(20, 64)))
+    report = str(qcompile.explain(compiled, torch.randn(20, 64)).unfolded())
     assert report.count("rounded to nearest: format two_scales has its own quantizer") == 6
 
 
