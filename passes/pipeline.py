@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,10 +26,9 @@ from .attention import rewrite
 from .calibrate import GPTQ, UNSEEN, Weight, rounded
 from .convert import Conversion
 from .discover import attention_of, discover
+from .notices import GRAD, note_failure, some, warn_of_fallback, warn_of_grad, warn_of_nearest
 from .picture import picture
 from .siblings import siblings
-
-GRAD = "the weight requires grad in grad mode; call under torch.no_grad(), or model.requires_grad_(False)"
 
 ATTENTION_GRAD = "attention in low precision has no backward; call under torch.no_grad()"
 
@@ -73,7 +71,7 @@ class Compilation:
         """
         loose = [self._restricted(s) for s in self.sites if not self._is_packed(s)]
         self._check_rules()
-        _warn_of_grad(loose)
+        warn_of_grad(loose)
         self.recorder.add(*(self._record_packed(s) for s in self.sites if self._is_packed(s)))
         found: dict[int, Conversion] = {}
         self._decide(loose, found)
@@ -84,7 +82,7 @@ class Compilation:
             for sibling in siblings(self.owners, self.root, owned):
                 self._decide([sibling.rename(s) for s in loose], found)
         if self.options.rounding == "gptq":
-            _warn_of_nearest([c.layer for c in found.values() if c.planes is None and not c.looked_up])
+            warn_of_nearest([c.layer for c in found.values() if c.planes is None and not c.looked_up])
         if self.options.strict:
             self.recorder.plan.require_all()
         return list(found.values())
@@ -114,7 +112,7 @@ class Compilation:
                 for_key(key, self.device.type)
         except KernelBuildError as error:
             if self.options.fallback == "error":
-                raise KernelBuildError(f"no kernel for {scheme.label}, which {len(layers)} layers need ({_some(layers)}); leave "
+                raise KernelBuildError(f"no kernel for {scheme.label}, which {len(layers)} layers need ({some(layers)}); leave "
                                        f"them by a rule with the value 'float', or by fallback='float'.\n{error}") from error
             self.recorder.failures[key] = f"its kernel cannot be built: {str(error).splitlines()[0]}"
             warn_of_fallback(layers, self.recorder.failures[key])
@@ -168,7 +166,7 @@ class Compilation:
         """What to do when a weight cannot be packed; None: raise."""
         if self.options.fallback == "error" or site.parameter is None:
             return None
-        return functools.partial(_note_failure, self.recorder, site.parameter, site.name)
+        return functools.partial(note_failure, self.recorder, site.parameter, site.name)
 
     def _calibrated(self, found: dict[int, Conversion]) -> dict[int, Conversion]:
         """The conversions of this graph's weights, with planes that GPTQ found on the inputs of the call."""
@@ -231,36 +229,6 @@ class Compilation:
             return ()
         slot = slot_at(self.root, site.parameter)
         return tuple(self.owners.slots.get(id(slot.get()), ())) if slot is not None else ()
-
-
-def _warn_of_grad(sites: list[Site]) -> None:
-    """A forgotten ``no_grad`` must not look like a model that was quantized."""
-    left = [s.name for s in sites if s.is_linear and s.unsupported == GRAD]
-    if left:
-        warnings.warn(f"qcompile left {len(left)} linear layers in floating point ({left[0]}, …): {GRAD}", stacklevel=2)
-
-
-def _note_failure(recorder: Recorder, parameter: str, layer: str, reason: str) -> None:
-    """Must not hold the compilation, as :func:`_recording` must not."""
-    recorder.failures[parameter] = f"it cannot be packed: {reason}"
-    warn_of_fallback([layer], recorder.failures[parameter])
-
-
-def warn_of_fallback(layers: list[str], reason: str) -> None:
-    text = f"fallback='float': qcompile left {len(layers)} layers in floating point ({_some(layers)}): {reason}"
-    warnings.warn(text, stacklevel=2)
-
-
-def _some(layers: list[str]) -> str:
-    return ", ".join(layers[:4]) + (", …" if len(layers) > 4 else "")
-
-
-def _warn_of_nearest(left: list[str]) -> None:
-    """Layers that the call did not reach must not look as if they were fitted to its inputs."""
-    if left:
-        warnings.warn(f"rounding='gptq': qcompile rounded {len(left)} weights to nearest ({left[0]}, …). qcompile.explain tells "
-                      "why of each; layers that are compiled one by one are seen only if the whole model is compiled",
-                      stacklevel=2)  # fmt: skip
 
 
 def packed_record(decision: Decision, packed: QuantizedTensor, before: int, decibels: float | None) -> Record:

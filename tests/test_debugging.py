@@ -77,7 +77,7 @@ def test_compile_debug_leaves_a_folder_with_a_script_that_runs(tmp_path: Path) -
     names = {p.name for p in folder.iterdir()}
     assert names == {"qcompile_graph_before.txt", "qcompile_graph_after.txt", "qcompile_plan.txt", "qcompile_plan.json",
                      "qcompile_code_int8.cpp", "repro.py", "values.pt"}  # fmt: skip
-    done = subprocess.run([sys.executable, folder / "repro.py"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, folder / "repro.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() == "no failure", done.stderr
 
 
@@ -99,7 +99,7 @@ def test_the_repro_of_a_failure_fails_in_the_same_way(kind: str, tmp_path: Path)
     first = run(program, tmp_path, **environment)
     found = re.search(r"a script that repeats it: python (\S+repro\.py)", first.stderr)
     assert found is not None, first.stderr
-    again = subprocess.run([sys.executable, found[1]], capture_output=True, text=True, check=False)
+    again = subprocess.run([sys.executable, found[1]], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert first.returncode == again.returncode == 1
 
     def last_words(text: str) -> str:
