@@ -7,14 +7,14 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 
 from qcompile.errors import QCompileError
-from qcompile.formats import Scheme, reference
+from qcompile.formats import Scheme
 from qcompile.owners import Slot
-from qcompile.tensor import QuantizedTensor, as_parameter, quantize, tensor_class
+from qcompile.packing import Packed, packed
+from qcompile.tensor import QuantizedTensor, as_parameter
 
 ORIGINALS = "_qcompile_originals"
 """Attribute of a module that keeps its float parameters by name under ``weights="keep"``."""
@@ -24,8 +24,8 @@ ORIGINALS = "_qcompile_originals"
 class Conversion:
     """One parameter to pack: every slot that holds it, the scheme, and who hears of the result.
 
-    ``looked_up``: it is an embedding's table, which no calibration rounds. ``planes`` are those of the packed weight where
-    a calibration has rounded it (None: round to nearest).
+    ``looked_up``: it is an embedding's table, which no calibration rounds. ``packed`` is the weight where a calibration has
+    rounded it (None: round to nearest).
     ``done(packed, bytes before, SQNR in dB)`` is called once it is stored.
     """
 
@@ -35,7 +35,7 @@ class Conversion:
     transposed: bool
     keep: bool
     done: Callable[[QuantizedTensor, int, float], None]
-    planes: tuple[torch.Tensor, ...] | None = None
+    packed: Packed | None = None
     looked_up: bool = False
 
     def run(self) -> None:
@@ -55,15 +55,11 @@ class Conversion:
         if original is not None and not isinstance(original, QuantizedTensor):
             self._pack(original)
 
-    @torch.no_grad()
     def _pack(self, original: nn.Parameter) -> QuantizedTensor:
-        if self.planes is not None:
-            packed = tensor_class(self.scheme, self.transposed)(self.planes, original.shape, original.dtype)
-        else:
-            packed = quantize(original, self.scheme, transposed=self.transposed, layer=self.layer)
-        matrix = original.detach().t() if self.transposed else original.detach()
-        self.done(packed, original.nbytes, reference.sqnr(self.scheme.format, packed.planes, matrix))
-        return packed
+        made = self.packed or packed(original, self.scheme.format, transposed=self.transposed, layer=self.layer)
+        tensor = made.tensor(self.scheme, self.transposed, original.shape, original.dtype)
+        self.done(tensor, original.nbytes, made.sqnr)
+        return tensor
 
 
 class Retrace(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):

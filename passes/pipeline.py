@@ -78,7 +78,7 @@ class Compilation:
             for sibling in siblings(self.owners, self.root, owned):
                 self._decide([sibling.rename(s) for s in loose], found)
         if self.options.rounding == "gptq":
-            _warn_of_nearest([c.layer for c in found.values() if c.planes is None and not c.looked_up])
+            _warn_of_nearest([c.layer for c in found.values() if c.packed is None and not c.looked_up])
         if self.options.strict:
             self.recorder.plan.require_all()
         return list(found.values())
@@ -113,17 +113,17 @@ class Compilation:
                                                   looked_up=not decision.site.is_linear)  # fmt: skip
 
     def _calibrated(self, found: dict[int, Conversion]) -> dict[int, Conversion]:
-        """The conversions of this graph's weights, with planes that GPTQ found on the inputs of the call."""
+        """The conversions of this graph's weights, as GPTQ rounds them on the inputs of the call."""
         assert self.rounding is not None
         here = {name: found[id(v)] for name, v in self.values.items() if id(v) in found}
         self.rounding |= {self.owners.name(self.values[name]) or "": TABLE for name, c in here.items() if c.looked_up}
-        weights = {name: Weight(c.layer, c.scheme.format) for name, c in here.items() if not c.looked_up}
+        weights = {name: Weight(c.layer, c.scheme.format, c.transposed) for name, c in here.items() if not c.looked_up}
         made: dict[int, Conversion] = {}
         for name, result in rounded(self.gm, self.example_inputs, weights).items():
             parameter = self.values[name]
             self.rounding[self.owners.name(parameter) or ""] = result if isinstance(result, str) else GPTQ
             if not isinstance(result, str):
-                made[id(parameter)] = dataclasses.replace(found[id(parameter)], planes=result)
+                made[id(parameter)] = dataclasses.replace(found[id(parameter)], packed=result)
         return made
 
     def _restricted(self, site: Site) -> Site:

@@ -51,6 +51,18 @@ class UnsupportedOnTensorError(QCompileError, NotImplementedError):
     """A PyTorch function has no meaning on packed weights; the message says which and how to get a float tensor."""
 
 
+class FingerprintError(QCompileError, TypeError):
+    """What something is made from cannot be told in full, so it is made each time and not kept in the cache."""
+
+
+class CacheError(QCompileError):
+    """The cache, or a bundle of it, cannot be used as asked; the message says which entry and why."""
+
+
+class DamagedEntryError(CacheError):
+    """An entry of the cache is not what was written. It is put aside and made again."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``Did you mean …? Known: …`` for an unknown ``name``."""
     names = sorted(set(known))

@@ -12,12 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "target"},
-    {"formats"},
+    {"store", "formats"},
     {"codegen"},
     {"kernels", "checkpoints"},
     {"ops"},
     {"inductor"},
     {"tensor", "tensor_ops", "kv_cache"},
+    {"packing"},
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "recorder", "owners", "guards", "dynamo_errors", "calibrate"},
     {"policy", "report"},
     {"options"},

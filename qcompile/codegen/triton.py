@@ -14,6 +14,7 @@ from ..errors import KernelBuildError
 from ..formats.scheme import Scheme
 from ..target import Target, of
 from . import tiles
+from .kept import kept_source
 from .triton_act import quantize
 from .triton_decode import decode, rows
 from .triton_dot import dot, dot8
@@ -56,7 +57,7 @@ class TritonKernels:
         self.printer = Printer(scheme.format, self.permutes)
         self.printer.check()
         self.tag = content_hash(scheme.key)[:8]
-        self.source = self._print()
+        self.source = kept_source("triton" if self.permutes else "triton by bits", (scheme.key,), self._print)
         self._smaller: dict[Variant, Variant] = {}
 
     def _print(self) -> str:
