@@ -58,6 +58,8 @@ def rounded(
     """
     found: dict[str, Packed | str] = {name: gptq.why_not(w.format) or NOT_MULTIPLIED for name, w in weights.items()}
     served = {name: w for name, w in weights.items() if found[name] == NOT_MULTIPLIED}
+    if not served:
+        return found
     if any(isinstance(v, torch._subclasses.FakeTensor) for v in example_inputs):
         return found | dict.fromkeys(served, "the inputs are fake tensors")
     values = dict(zip((n.name for n in gm.graph.find_nodes(op="placeholder")), example_inputs, strict=True))

@@ -26,7 +26,8 @@ class Conversion:
 
     ``looked_up``: it is an embedding's table, which no calibration rounds. ``packed`` is the weight where a calibration has
     rounded it (None: round to nearest).
-    ``done(packed, bytes before, SQNR in dB)`` is called once it is stored.
+    ``traced``: the parameter to store, where Dynamo has traced it already. ``done(packed, bytes before, SQNR in dB)`` is
+    called once it is stored.
     """
 
     layer: str
@@ -36,6 +37,7 @@ class Conversion:
     keep: bool
     done: Callable[[QuantizedTensor, int, float], None]
     packed: Packed | None = None
+    traced: nn.Parameter | None = None
     looked_up: bool = False
 
     def run(self) -> None:
@@ -43,7 +45,7 @@ class Conversion:
         original = self.slots[0].get()
         if original is None or isinstance(original, QuantizedTensor):
             return
-        parameter = as_parameter(self._pack(original))
+        parameter = self._pack(original)
         for slot in self.slots:
             if self.keep:
                 slot.module.__dict__.setdefault(ORIGINALS, {})[slot.name] = original
@@ -55,11 +57,15 @@ class Conversion:
         if original is not None and not isinstance(original, QuantizedTensor):
             self._pack(original)
 
-    def _pack(self, original: nn.Parameter) -> QuantizedTensor:
+    def _pack(self, original: nn.Parameter) -> nn.Parameter:
         made = self.packed or packed(original, self.scheme.format, transposed=self.transposed, layer=self.layer)
-        tensor = made.tensor(self.scheme, self.transposed, original.shape, original.dtype)
-        self.done(tensor, original.nbytes, made.sqnr)
-        return tensor
+        if self.traced is None:
+            parameter = as_parameter(made.tensor(self.scheme, self.transposed, original.shape, original.dtype))
+        else:
+            parameter = self.traced
+            parameter.own_planes_()  # type: ignore[attr-defined]
+        self.done(parameter, original.nbytes, made.sqnr)  # type: ignore[arg-type]
+        return parameter
 
 
 class Retrace(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):

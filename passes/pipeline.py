@@ -47,18 +47,24 @@ class Compilation:
         example_inputs: Sequence[Any],
         options: Options,
         recorder: Recorder | None = None,
+        owners: Owners | None = None,
     ) -> None:
-        self.gm, self.example_inputs, self.options = gm, example_inputs, options
+        self.gm, self.options = gm, options
         self.rounding: dict[str, str] | None = {} if options.rounding == "gptq" else None
-        self.owners = Owners()
-        names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-        self.values = dict(zip(names, example_inputs, strict=True))
-        self.parameters = [v for v in self.values.values() if id(v) in self.owners.slots]
+        self.owners = owners or Owners()
+        self.look_at(example_inputs)
         self.root = self.owners.root(self.parameters[0]) if self.parameters else None
         self.recorder = recorder or recorder_of(self.root)
         self.sites = discover(gm, example_inputs, self.owners.name)
         self.device = _device(self.values.values())
         self.target = target.of(self.device)
+
+    def look_at(self, inputs: Sequence[Any]) -> None:
+        """Takes ``inputs`` as those of the graph, and lets go of those before."""
+        self.example_inputs = inputs
+        names = [n.name for n in self.gm.graph.find_nodes(op="placeholder")]
+        self.values = dict(zip(names, inputs, strict=True))
+        self.parameters = [v for v in self.values.values() if id(v) in self.owners.slots]
 
     def conversions(self) -> list[Conversion]:
         """Records every site, and returns the weights to pack, each once: those of this graph, then of its siblings.

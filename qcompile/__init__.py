@@ -6,6 +6,7 @@ choose formats, or quantize ahead of time. Importing touches no GPU, no disk and
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,15 +17,16 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .policy import Policy
     from .tensor import QuantizedTensor
+    from .warm import warmup
 
 _HOMES = {
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
-    "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
+    "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache", "warmup": "warm",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
 __all__ = ["ROW", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy", "QuantizedTensor", "Scheme",
-           "explain", "quantize_", "register_format", "restore_", "symbols"]  # fmt: skip
+           "explain", "quantize_", "register_format", "restore_", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 
@@ -34,3 +36,9 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+if "torch" in sys.modules:  # else the backend does it
+    from .artifacts import register
+
+    register()

@@ -7,9 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .cli_cache import app as cache
 from .formats import REGISTRY, FormatSpec, Plane, activations_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A quantizing backend for torch.compile.")
+app.add_typer(cache, name="cache")
 
 
 @app.command()

@@ -70,15 +70,18 @@ def packed(
 
 
 def known(
-    weight: torch.Tensor, spec: FormatSpec, *, transposed: bool = False, rounding: Any = "nearest"
+    weight: torch.Tensor, spec: FormatSpec, *, transposed: bool = False, rounding: Any = "nearest", mapped: bool = False
 ) -> Packed | None:
-    """What :func:`packed` would read from the store; None where it would have to quantize."""
+    """What :func:`packed` would read from the store; None where it would have to quantize. ``mapped``: on CPUs the planes
+    are the file's own pages, which take no memory until they are read."""
     try:
         folder = the_store().find("packed", _parts(weight, spec, transposed, rounding))
     except FingerprintError:
         return None
-    shape = weight.shape[::-1] if transposed else weight.shape
-    return _read(folder, spec, shape, weight.device) if folder is not None else None
+    if folder is None:
+        return None
+    count("packed read")
+    return _read(folder, spec, weight.shape[::-1] if transposed else weight.shape, weight.device, mapped)
 
 
 def _parts(weight: torch.Tensor, spec: FormatSpec, transposed: bool, rounding: Any) -> dict[str, Any]:
@@ -133,8 +136,10 @@ def _write(folder: Path, made: Packed, spec: FormatSpec) -> None:
     save_file({n: p.contiguous() for n, p in names.items()}, folder / PLANES, {"sqnr_db": json.dumps(made.sqnr)})
 
 
-def _read(folder: Path, spec: FormatSpec, shape: Sequence[int], device: torch.device) -> Packed | None:
-    """Planes of an N×K weight, in memory of their own; None if another process has dropped the entry meanwhile.
+def _read(
+    folder: Path, spec: FormatSpec, shape: Sequence[int], device: torch.device, mapped: bool = False
+) -> Packed | None:
+    """Planes of an N×K weight, in memory of their own unless ``mapped``; None if another process has dropped the entry.
 
     Raises :class:`~qcompile.errors.LayoutError` for planes that do not fit.
     """
@@ -142,7 +147,7 @@ def _read(folder: Path, spec: FormatSpec, shape: Sequence[int], device: torch.de
 
     try:
         with safe_open(folder / PLANES, "pt") as file:  # type: ignore[no-untyped-call]
-            planes = [_owned(file.get_tensor(name), device) for name in spec.part_names]
+            planes = [_placed(file.get_tensor(name), device, mapped) for name in spec.part_names]
             sqnr = json.loads(file.metadata()["sqnr_db"])
     except FileNotFoundError:
         return None
@@ -150,6 +155,8 @@ def _read(folder: Path, spec: FormatSpec, shape: Sequence[int], device: torch.de
     return Packed(planes, sqnr)
 
 
-def _owned(mapped: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy out of the mapped file: aligned to cache lines, which kernels read fastest, and no longer tied to the file."""
-    return mapped.clone() if device.type == "cpu" else mapped.to(device)
+def _placed(stored: torch.Tensor, device: torch.device, mapped: bool) -> torch.Tensor:
+    """On ``device``. A copy out of the mapped file starts at a cache line, which kernels read fastest, and needs no file."""
+    if device.type != "cpu":
+        return stored.to(device)
+    return stored if mapped else stored.clone()

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "target"},
-    {"store", "formats"},
+    {"store", "formats", "artifacts"},
     {"codegen"},
     {"kernels", "checkpoints"},
     {"ops"},
@@ -20,10 +20,10 @@ LAYERS = [
     {"tensor", "tensor_ops", "kv_cache"},
     {"packing"},
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "recorder", "owners", "guards", "dynamo_errors", "calibrate"},
-    {"policy", "report"},
+    {"policy", "report", "trust"},
     {"options"},
     {"passes"},
-    {"api", "cli"},
+    {"api", "warm", "cli_cache", "cli"},
     {"backend"},
 ]
 """From the ground up: a module imports from its own layer or below."""

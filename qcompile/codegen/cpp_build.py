@@ -34,6 +34,11 @@ ISA_FLAGS = {
 """Instruction sets to build for: this machine's, AVX2, and what every machine of its architecture has."""
 
 
+def every_flags() -> list[tuple[str, ...]]:
+    """The flags of each instruction set."""
+    return [FLAGS + isa for isa in ISA_FLAGS.values()]
+
+
 LIBRARY, SOURCE = "library.so", "source.cpp"
 
 

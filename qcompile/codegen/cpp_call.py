@@ -20,6 +20,11 @@ from .cpp_build import built
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-w")
 
 
+def flags() -> tuple[str, ...]:
+    """Those of the compiler for ``call.cpp``, which needs Python's headers."""
+    return (*FLAGS, f"-I{sysconfig.get_path('include')}")
+
+
 @functools.cache
 def caller() -> ModuleType:
     """The module whose ``linear`` calls a kernel's ``qc_linear``; see ``include/call.cpp`` for its arguments.
@@ -31,7 +36,7 @@ def caller() -> ModuleType:
         raise KernelBuildError(f"Python.h is not in {headers}, which kernels for CPUs (and Inductor) need; install Python's "
                                "development files (Debian: python3-dev)")  # fmt: skip
     text = (resources.files(__package__) / "include" / "call.cpp").read_text()
-    path = built(text, (*FLAGS, f"-I{headers}"))
+    path = built(text, flags())
     loader = importlib.machinery.ExtensionFileLoader("call", str(path))
     spec = importlib.util.spec_from_loader("call", loader)
     assert spec is not None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..plan import Plan, Record
+from ..store import COUNTS, the_store
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,11 +76,19 @@ class Report:
             f"{totals.share:.1%} of the linear layers' weights; "
             f"{size(totals.bytes_before)} → {size(totals.bytes_after)}{saved}"
         )
-        return "\n".join([head, *_reasons(self.plan)])
+        return "\n".join([head, *_reasons(self.plan), made_here()])
 
     def to_json(self) -> str:
-        """The plan's JSON: see :meth:`qcompile.plan.Plan.as_dict`."""
-        return self.plan.to_json()
+        """The plan's JSON, see :meth:`qcompile.plan.Plan.as_dict`, and the counters of the cache as ``cache``."""
+        return json.dumps(self.plan.as_dict() | {"cache": dict(COUNTS)}, indent=1)
+
+
+def made_here() -> str:
+    """What this process has made so far, and what it found in the cache, for all models together."""
+    done = (("quantized", "weights", "packed"), ("generated", "sources", "source"), ("compiled", "libraries", "library"),
+            ("calibrated", "graphs", "calibration"))  # fmt: skip
+    what = ", ".join(f"{verb} {COUNTS[verb]} {things} ({COUNTS[f'{kind} read']} read)" for verb, things, kind in done)
+    return f"  this process {what}; cache: {the_store().root}"
 
 
 def cells(record: Record) -> tuple[str, ...]:

@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from .counters import COUNTS, count
 from .keys import code_version, key_of
-from .store import Slot, Store, the_store
+from .store import USED, Slot, Store, the_store
 
-__all__ = ["COUNTS", "Slot", "Store", "code_version", "count", "key_of", "the_store"]
+__all__ = ["COUNTS", "USED", "Slot", "Store", "code_version", "count", "key_of", "the_store"]

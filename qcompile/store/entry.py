@@ -21,7 +21,7 @@ FILES = {
     "calibration": ("rounded.json",),
     "plan": ("plan.json",),
 }
-"""The files of each kind of entry."""
+"""The files of each kind of entry; sources before the libraries that are compiled from them."""
 
 MANIFEST = "entry.json"
 LONGEST_MANIFEST = 1 << 20

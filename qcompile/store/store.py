@@ -32,6 +32,9 @@ DEFAULT_SIZE = "50G"
 PATIENCE = 2.0
 """Seconds of waiting for another process before a message says so."""
 
+USED: list[Callable[[str, Path], object]] = []
+"""Called with the kind and the folder of each entry that is read or kept."""
+
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -59,9 +62,10 @@ class Store:
     def find(self, kind: str, parts: Mapping[str, Any]) -> Path | None:
         """The folder of an entry, its files checked against what was written; None if there is none that is whole."""
         try:
-            return self._checked(kind, key_of(kind, parts))
+            found = self._checked(kind, key_of(kind, parts))
         except DamagedEntryError:
             return None
+        return _used(kind, found)
 
     @contextmanager
     def making(self, kind: str, parts: Mapping[str, Any]) -> Iterator[Slot]:
@@ -74,7 +78,7 @@ class Store:
         with ExitStack() as stack:
             if found is None and self.bound:
                 stack.enter_context(self._lock(kind, key))
-                found = self._whole(kind, key)
+                found = _used(kind, self._whole(kind, key))
             if found is not None:
                 count(f"{kind} read")
             yield Slot(self, kind, parts, found)
@@ -102,7 +106,14 @@ class Store:
             _say_once(self.root, _words(error))
             return None
         self._make_room(entry.nbytes)
-        return target
+        return _used(kind, target)
+
+    def discard(self, kind: str, parts: Mapping[str, Any]) -> None:
+        """Removes an entry that is of no more use, if it is there and can be removed."""
+        try:
+            self._drop(self._folder(kind, key_of(kind, parts)))
+        except OSError as error:
+            _say_once(self.root, _words(error))
 
     def entries(self) -> Iterator[tuple[Path, Entry | DamagedEntryError]]:
         """Every entry with what its ``entry.json`` says, or why it says nothing; files are not read."""
@@ -235,15 +246,18 @@ class Store:
             if total <= self.bound:
                 break
             self._drop(folder)
+            count("dropped")
             total -= size
         self._sweep()
 
     def _drop(self, folder: Path) -> None:
         aside = self.root / "unfinished" / f"{folder.name}-{uuid.uuid4().hex}"
-        with suppress(FileNotFoundError):  # dropped by another process meanwhile
+        try:
+            aside.parent.mkdir(parents=True, exist_ok=True)
             os.rename(folder, aside)
-            count("dropped")
-            shutil.rmtree(aside, ignore_errors=True)
+        except FileNotFoundError:
+            return  # it is not there, or was dropped by another process meanwhile
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _sweep(self) -> None:
         """Removes what killed processes left unfinished: whatever lies there while nobody holds its key's lock."""
@@ -255,6 +269,13 @@ class Store:
                     shutil.rmtree(scratch, ignore_errors=True)
             except Timeout:
                 continue  # its maker is alive
+
+
+def _used(kind: str, folder: Path | None) -> Path | None:
+    if folder is not None:
+        for listener in USED:
+            listener(kind, folder)
+    return folder
 
 
 def _listed(folder: Path) -> list[Path]:
