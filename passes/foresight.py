@@ -79,7 +79,7 @@ class Foresight:
         made = []
         for conversion in conversions:
             guess = by_original.get(id(conversion.slots[0].get()))
-            fits = guess is not None and wanted[id(guess.original)] is type(guess.parameter)
+            fits = guess is not None and isinstance(guess.parameter, wanted[id(guess.original)])
             made.append(dataclasses.replace(conversion, packed=guess.packed, traced=guess.parameter)  # type: ignore[union-attr]
                         if fits else conversion)  # fmt: skip
         return made

@@ -80,7 +80,7 @@ def _end(_: object) -> None:
 
 
 def listen() -> None:
-    """Has Dynamo tell of compilations that begin and end. ``torch._dynamo.reset()`` makes it forget; the next graph reminds it."""
+    """Has Dynamo tell when compilations begin and end. ``torch._dynamo.reset()`` makes it forget; the next graph reminds it."""
     if _begin not in callback_handler.start_callbacks:
         callback_handler.register_start_callback(_begin)
         callback_handler.register_end_callback(_end)

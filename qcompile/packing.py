@@ -120,7 +120,7 @@ def digest(tensor: torch.Tensor) -> str:
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
 
     def one(start: int) -> bytes:
-        return hashlib.sha256(flat[start : start + BLOCK].cpu().numpy()).digest()
+        return hashlib.sha256(flat[start : start + BLOCK].cpu().numpy().data).digest()
 
     starts = range(0, max(flat.numel(), 1), BLOCK)
     if len(starts) == 1:
@@ -151,7 +151,8 @@ def _read(
             sqnr = json.loads(file.metadata()["sqnr_db"])
     except FileNotFoundError:
         return None
-    check_planes(spec, planes, *shape)
+    n, k = shape
+    check_planes(spec, planes, n, k)
     return Packed(planes, sqnr)
 
 

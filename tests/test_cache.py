@@ -96,30 +96,6 @@ def test_the_second_process_makes_nothing_and_traces_once() -> None:
     assert json.loads(report.to_json())["cache"]["packed read"] == 2
 
 
-def test_two_real_processes(cache: Path) -> None:
-    program = """
-import json, sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_cache import Model, X
-with torch.no_grad():
-    compiled = torch.compile(Model(), backend="qcompile", options={"policy": "int4"})
-    out = compiled(X)
-from torch._dynamo.utils import counters
-from qcompile.store import COUNTS
-bypasses = {k: v for group in counters.values() for k, v in group.items() if "bypass" in k}
-hits = counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"]
-print(json.dumps([dict(COUNTS), bypasses, *hits, out.flatten().tolist()]))
-"""
-    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
-    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
-    rows = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout) for _ in range(2)]
-    (first, _, _, _, out), (second, bypasses, graphs, autograd, again) = rows
-    assert {k: first.get(k) for k in ("quantized", "generated", "compiled")} == {"quantized": 2, "generated": 1, "compiled": 2}
-    assert set(second) == {"packed read", "source read", "library read"} and second["library read"] == 2
-    assert bypasses == {} and graphs == autograd == 1
-    assert out == again
-
-
 def test_eight_processes_at_once_make_each_thing_once(cache: Path) -> None:
     program = """
 import json, sys, torch
@@ -128,7 +104,8 @@ from test_cache import COUNTS, Model, X, qcompile
 model = Model()
 qcompile.quantize_(model, X, policy="int8")
 with torch.no_grad():
-    print(json.dumps([dict(COUNTS), model(X).flatten().tolist()]))
+    out = model(X)
+print(json.dumps([dict(COUNTS), out.flatten().tolist()]))
 """
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program, str(Path(__file__).parent)]

@@ -73,7 +73,7 @@ def load(store: Store, file: Path, accept: Callable[[Entry, Path], bool] = lambd
     with tempfile.TemporaryDirectory(prefix="import-", dir=store.root) as scratch:
         try:
             entries = list(_unpacked(file, Path(scratch), store.bound))
-        except (OSError, tarfile.TarError, DamagedEntryError) as error:
+        except (OSError, tarfile.TarError, CacheError) as error:
             raise CacheError(f"bundle {file}: {error}; nothing of it was taken") from error
         taken = [(folder, entry) for folder, entry in entries if accept(entry, folder)]
         for folder, entry in taken:

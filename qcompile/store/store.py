@@ -208,27 +208,26 @@ class Store:
         for each other. Goes on without a lock, and says so once, where the file system has none."""
         from filelock import FileLock, Timeout
 
+        if getattr(self._holding, "some", False):
+            yield
+            return
         lock = FileLock(self.root / "locks" / key[:2], is_singleton=False)
-        held = not getattr(self._holding, "some", False)
-        if held:
+        try:
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
             try:
-                (self.root / "locks").mkdir(parents=True, exist_ok=True)
-                try:
-                    lock.acquire(timeout=PATIENCE)
-                except Timeout:
-                    count("waits")
-                    log.warning("another process is making %s %s; waiting for it", kind, key[:12])
-                    lock.acquire()
-            except (OSError, NotImplementedError) as error:
-                held = False
-                _say_once(self.root, _words(error))
-        self._holding.some = self._holding.some if not held else True
+                lock.acquire(timeout=PATIENCE)
+            except Timeout:
+                count("waits")
+                log.warning("another process is making %s %s; waiting for it", kind, key[:12])
+                lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            _say_once(self.root, _words(error))
+        self._holding.some = lock.is_locked
         try:
             yield
         finally:
-            if held:
-                self._holding.some = False
-                lock.release()
+            self._holding.some = False
+            lock.release()
 
     def _make_room(self, added: int) -> None:
         """Drops what was not used for longest; looks again once more than a hundredth of the bound was added."""
