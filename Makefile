@@ -1,6 +1,7 @@
 # Every target sets itself up: `make demo` or `make test` in a fresh clone needs nothing but Python 3.11 or newer.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.26.0
 QUESTION ?= all
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,6 +34,8 @@ bench: $(VENV)/.ready-bench
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
+# Only torchvision's architectures are wanted, which are Python. Its operators fit one build of torch each, and where they
+# do not fit transformers cannot be imported beside it: so it lies apart.
 # torch comes first and by itself, so that TORCH may name any build: TORCH='torch==2.11.0', TORCH=/path/to/a.whl.
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
@@ -40,6 +43,7 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --upgrade 'setuptools>=77'
 	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[test]'
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/torchvision '$(TORCHVISION)'
 	touch $@
 
 $(VENV)/.ready-bench: $(READY)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 
-from qcompile.errors import QCompileError
+from qcompile.errors import QCompileError, WeightError
 from qcompile.formats import Scheme
 from qcompile.owners import Slot
 from qcompile.packing import Packed, packed
@@ -27,7 +27,8 @@ class Conversion:
     ``looked_up``: it is an embedding's table, which no calibration rounds. ``packed`` is the weight where a calibration has
     rounded it (None: round to nearest).
     ``traced``: the parameter to store, where Dynamo has traced it already. ``done(packed, bytes before, SQNR in dB)`` is
-    called once it is stored.
+    called once it is stored; ``failed(reason)``, if there is one, in place of raising when the weight cannot be packed, which
+    then stays as it is.
     """
 
     layer: str
@@ -39,22 +40,30 @@ class Conversion:
     packed: Packed | None = None
     traced: nn.Parameter | None = None
     looked_up: bool = False
+    failed: Callable[[str], None] | None = None
 
     def run(self) -> None:
         """Packs and stores; the float original goes when its last holder lets go. Raises ``WeightError`` naming the layer."""
         original = self.slots[0].get()
         if original is None or isinstance(original, QuantizedTensor):
             return
-        parameter = self._pack(original)
+        try:
+            parameter = self._pack(original)
+        except WeightError as error:
+            if self.failed is None:
+                raise
+            self.failed(str(error))
+            return
         for slot in self.slots:
             if self.keep:
                 slot.module.__dict__.setdefault(ORIGINALS, {})[slot.name] = original
             slot.set(parameter)
 
     def measure(self) -> None:
-        """Packs, reports to ``done`` and lets go: what :meth:`run` would do, without doing it."""
+        """Packs, reports to ``done`` and lets go: what :meth:`run` would do, without doing it. A weight on the meta device has
+        no values to measure."""
         original = self.slots[0].get()
-        if original is not None and not isinstance(original, QuantizedTensor):
+        if original is not None and not isinstance(original, QuantizedTensor) and not original.is_meta:
             self._pack(original)
 
     def _pack(self, original: nn.Parameter) -> nn.Parameter:

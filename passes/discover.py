@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from qcompile.plan import Site
+from qcompile.names import module_name
+from qcompile.plan import LINEAR, Site
 
 from .attention import read
+from .costs import flops, source
 from .roles import Roles, find_roles
 from .sites import Attention, Embedding, Graph, Linear, find_attention, projections
-from .trace import Inputs, Operand, ancestors, example, module_name, op_name, operand, resolve, sizes
+from .trace import Inputs, Operand, ancestors, example, op_name, operand, resolve, sizes
 from .uses import Use, is_transposed, site_operator, uses_of
 from .vocabulary import PRODUCTS, WEIGHT_OPERANDS
 
@@ -138,6 +140,8 @@ def _sites_of(weight: Node, graph: Graph, qualified: dict[Node, str | None], rol
                 shape=whole.shape[::-1] if transposed and len(whole.shape) == 2 else whole.shape,
                 transposed=transposed,
                 unsupported=_why_not(group, uses),
+                flops=sum(flops(u.product or u.node, weight, tensor) for u in group) if operator in LINEAR else 0,
+                source=source(group[0].product or group[0].node),
             ),
         )
 
@@ -170,15 +174,22 @@ def _sites_without_weight(graph: Graph, attentions: list[Attention]) -> Placed:
                 continue
             weight = operand(node, *WEIGHT_OPERANDS[name][1])
             maker = f" ({op_name(weight) or weight.op})" if isinstance(weight, Node) else ""
-            reason = f"the weight is {weight}{maker}, not a parameter"
+            reason, cost = f"the weight is {weight}{maker}, not a parameter", _flops(node, weight)
         elif name in PRODUCTS and node not in inside and not _holds_weight(node, graph):
-            reason = "both factors are activations"
+            reason, cost = "both factors are activations", 0
         else:
             continue
         shape, dtype = sizes(example(node))
         module = module_name(node) or node.name
         operator = site_operator(node)
-        yield node, Site(module, operator, node=node.name, shape=shape, dtype=dtype, unsupported=reason)
+        site = Site(module, operator, node=node.name, shape=shape, dtype=dtype, unsupported=reason)
+        yield node, replace(site, flops=cost, source=source(node))
+
+
+def _flops(node: Node, weight: object) -> int:
+    """Of a linear whose weight is computed."""
+    tensor = example(weight) if isinstance(weight, Node) else None
+    return flops(node, weight, tensor) if isinstance(weight, Node) and isinstance(tensor, torch.Tensor) else 0
 
 
 def _holds_weight(node: Node, graph: Graph) -> bool:
@@ -202,7 +213,8 @@ def _attention_sites(graph: Graph, attentions: list[Attention]) -> Placed:
             shape, dtype = sizes(example(attention.q if isinstance(attention.q, Node) else attention.node))
             call = read(attention)
             reason = call if isinstance(call, str) else None
-            yield attention.node, Site(name, "attention", node=attention.node.name, shape=shape, dtype=dtype, unsupported=reason)
+            site = Site(name, "attention", node=attention.node.name, shape=shape, dtype=dtype, unsupported=reason)
+            yield attention.node, replace(site, source=source(attention.node))
         named.add(name)
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompile import tensor
+from qcompile import kernels, target, tensor
 from qcompile.errors import QCompileError
-from qcompile.formats import scheme_of
+from qcompile.formats import register_scheme, scheme_of
 from qcompile.options import Options
 from qcompile.owners import Owners, Slot, slot_at
 from qcompile.packing import Packed, known
@@ -124,10 +124,19 @@ def begin(backend: object) -> None:
     _under_way.owners = owners = Owners()
     root, path = owners.path(module)
     _under_way.parts = _parts(root, path, code, options)
+    _begin_kernels(root, options)
     found = the_store().find("plan", _under_way.parts)
     if found is not None:
         _under_way.guesses = _guesses(root, owners, json.loads((found / PLAN).read_text()))
         tensor.guessing = bool(_under_way.guesses)
+
+
+def _begin_kernels(root: nn.Module, options: Options) -> None:
+    """Compiles beside the trace what the policy says of all layers, which some will surely need."""
+    device = next((p.device for p in root.parameters()), torch.device("meta"))
+    if device.type != "meta":
+        rules = options.policy.resolved(target.of(device)).rules
+        kernels.begin([register_scheme(r.scheme) for r in rules if r.scheme is not None and r.catches_all], device.type)
 
 
 def take() -> Foresight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,18 +12,22 @@ import torch
 from torch import nn
 
 from qcompile import target
-from qcompile.formats import Scheme
+from qcompile.errors import KernelBuildError
+from qcompile.formats import Scheme, register_scheme
+from qcompile.kernels import attention_for, begin, for_key
 from qcompile.options import Options
 from qcompile.owners import Owners, Slot, slot_at
-from qcompile.plan import Decision, Record, Site
+from qcompile.plan import Decision, Plan, Record, Site
 from qcompile.policy import check_rules
 from qcompile.recorder import Recorder, recorder_of
+from qcompile.report import Picture
 from qcompile.tensor import QuantizedTensor
 
 from .attention import rewrite
 from .calibrate import GPTQ, UNSEEN, Weight, rounded
 from .convert import Conversion
 from .discover import attention_of, discover
+from .picture import picture
 from .siblings import siblings
 
 GRAD = "the weight requires grad in grad mode; call under torch.no_grad(), or model.requires_grad_(False)"
@@ -58,6 +63,7 @@ class Compilation:
         self.sites = discover(gm, example_inputs, self.owners.name)
         self.device = _device(self.values.values())
         self.target = target.of(self.device)
+        self.recorder.policy = options.policy.resolved(self.target)
 
     def look_at(self, inputs: Sequence[Any]) -> None:
         """Takes ``inputs`` as those of the graph, and lets go of those before."""
@@ -89,17 +95,58 @@ class Compilation:
             self.recorder.plan.require_all()
         return list(found.values())
 
+    def ready(self, conversions: list[Conversion]) -> list[Conversion]:
+        """``conversions`` whose kernels are built, before any weight is packed for one that cannot be.
+
+        Raises ``KernelBuildError`` that names the layers, unless ``fallback="float"`` leaves them in floating point.
+        """
+        attention = [r.decision for r in self.plan() if r.decision.site.operator == "attention"]
+        wanted = [(c.scheme, c.layer, False) for c in conversions]
+        wanted += [(d.scheme, d.site.name, True) for d in attention if d.scheme is not None]
+        broken = False
+        if self.device.type != "meta":
+            begin({register_scheme(c.scheme) for c in conversions}, self.device.type)
+        for scheme, attends in dict.fromkeys((s, a) for s, _, a in wanted):
+            layers = [layer for s, layer, a in wanted if (s, a) == (scheme, attends)]
+            broken |= not self._builds(scheme, attends, layers)
+        return self.conversions() if broken else conversions
+
+    def _builds(self, scheme: Scheme, attends: bool, layers: list[str]) -> bool:
+        if self.device.type == "meta":
+            return True
+        key = register_scheme(scheme)
+        try:
+            if attends:
+                attention_for(key, key, self.device.type)
+            else:
+                for_key(key, self.device.type)
+        except KernelBuildError as error:
+            if self.options.fallback == "error":
+                raise KernelBuildError(f"no kernel for {scheme.label}, which {len(layers)} layers need ({_some(layers)}); leave "
+                                       f"them by a rule with the value 'float', or by fallback='float'.\n{error}") from error
+            self.recorder.failures[key] = f"its kernel cannot be built: {str(error).splitlines()[0]}"
+            warn_of_fallback(layers, self.recorder.failures[key])
+            return False
+        return True
+
+    def plan(self) -> Plan:
+        """The records of this graph's sites."""
+        return Plan(tuple(r for s in self.sites if (r := self.recorder.find(s)) is not None))
+
     def lower_attention(self) -> int:
         """Exchanges the attention nodes that the policy has a scheme for; returns how many."""
-        records = [self.recorder.find(s) for s in self.sites if s.operator == "attention"]
-        decisions = [r.decision for r in records if r is not None]
+        decisions = [r.decision for r in self.plan() if r.decision.site.operator == "attention"]
         schemes = {d.site.name: d.scheme for d in decisions if d.scheme is not None}
         return rewrite(attention_of(self.gm, self.example_inputs, self.owners.name), schemes) if schemes else 0
+
+    def picture(self, name: str) -> Picture:
+        """The graph as plain data."""
+        return picture(self.gm, self.sites, self.values, self.owners.name, name)
 
     def _decide(self, sites: list[Site], found: dict[int, Conversion]) -> None:
         """Asks the policy about float ``sites``; adds to ``found``, by parameter, what it wants packed."""
         names = [name for name, _ in self.root.named_modules()] if self.root is not None else ()
-        for decision in self.options.policy.decide(sites, self.target, names):
+        for decision in map(self._unless_failed, self.options.policy.decide(sites, self.target, names)):
             slots = self._slots(decision.site)
             parameter = slots[0].get() if slots else None
             if isinstance(parameter, QuantizedTensor):
@@ -116,7 +163,20 @@ class Compilation:
             else:
                 found[id(parameter)] = Conversion(decision.site.name, slots, decision.scheme, decision.site.transposed,
                                                   self.options.weights == "keep", done,
-                                                  looked_up=not decision.site.is_linear)  # fmt: skip
+                                                  looked_up=not decision.site.is_linear,
+                                                  failed=self._failed(decision.site))  # fmt: skip
+
+    def _unless_failed(self, decision: Decision) -> Decision:
+        """``decision``, or the reason of a failure that left its site in floating point before."""
+        keys = (decision.site.parameter, decision.scheme and decision.scheme.key)
+        reason = next((self.recorder.failures[k] for k in keys if k in self.recorder.failures), None)
+        return decision if reason is None else dataclasses.replace(decision, scheme=None, reason=reason)
+
+    def _failed(self, site: Site) -> Callable[[str], None] | None:
+        """What to do when a weight cannot be packed; None: raise."""
+        if self.options.fallback == "error" or site.parameter is None:
+            return None
+        return functools.partial(_note_failure, self.recorder, site.parameter, site.name)
 
     def _calibrated(self, found: dict[int, Conversion]) -> dict[int, Conversion]:
         """The conversions of this graph's weights, as GPTQ rounds them on the inputs of the call."""
@@ -186,6 +246,21 @@ def _warn_of_grad(sites: list[Site]) -> None:
     left = [s.name for s in sites if s.is_linear and s.unsupported == GRAD]
     if left:
         warnings.warn(f"qcompile left {len(left)} linear layers in floating point ({left[0]}, …): {GRAD}", stacklevel=2)
+
+
+def _note_failure(recorder: Recorder, parameter: str, layer: str, reason: str) -> None:
+    """Must not hold the compilation, as :func:`_recording` must not."""
+    recorder.failures[parameter] = f"it cannot be packed: {reason}"
+    warn_of_fallback([layer], recorder.failures[parameter])
+
+
+def warn_of_fallback(layers: list[str], reason: str) -> None:
+    text = f"fallback='float': qcompile left {len(layers)} layers in floating point ({_some(layers)}): {reason}"
+    warnings.warn(text, stacklevel=2)
+
+
+def _some(layers: list[str]) -> str:
+    return ", ".join(layers[:4]) + (", …" if len(layers) > 4 else "")
 
 
 def _warn_of_nearest(left: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -88,20 +87,6 @@ def sizes(value: object) -> tuple[tuple[int, ...], torch.dtype]:
     if not isinstance(value, torch.Tensor):
         return (), torch.float32
     return tuple(d if isinstance(d, int) else -1 for d in value.shape), value.dtype
-
-
-def module_name(node: Node) -> str:
-    """Qualified name of the innermost module that the node was traced in, relative to the traced frame's
-    root; empty when the trace tells none. Dynamo spells it ``L['self'].model.layers[0]…``, export
-    ``model.layers.0…``."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", path)
-    path = re.sub(r"\.slice\([^)]*\)", "", path)
-    path = re.sub(r"(?:\._modules)?\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
-    return path.strip(".")
 
 
 @dataclass(frozen=True)

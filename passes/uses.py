@@ -14,12 +14,14 @@ from .vocabulary import MULTIPLIES, SHAPE_QUERIES, WEIGHT_OPERANDS
 @dataclass(frozen=True)
 class Use:
     """One use of a weight: the consuming ``node``, its site's ``operator``, whether the parameter is
-    ``transposed`` against [N, K], and the ``problem`` that rules it out."""
+    ``transposed`` against [N, K], the ``problem`` that rules it out, and the ``product`` that a node which only changes the
+    weight serves."""
 
     node: Node
     operator: str
     transposed: bool = False
     problem: str | None = None
+    product: Node | None = None
 
 
 def uses_of(weight: Node, graph: Graph, value: Node | None = None) -> list[Use]:
@@ -81,8 +83,12 @@ def _other_use(node: Node, name: str, weight: Node, graph: Graph) -> Use:
     for linear, source in graph.operands.items():
         if source.parameter is weight and node in set(ancestors([source.computed], lambda n: n is weight)):
             reason = f"{linear.name} multiplies by {source.computed} ({name} of the weight), not by the weight"
-            return Use(node, site_operator(linear), problem=reason)
+            return Use(node, site_operator(linear), problem=reason, product=linear)
     if node.op == "output":
         return Use(node, "other", problem="the weight is an output of the graph")
-    operator = "matmul" if name in MULTIPLIES or "grouped_mm" in name else "other"
+    if "grouped_mm" in name:
+        experts = graph.inputs.parameters[weight].shape[0]
+        reason = f"{name} ({node.name}) multiplies by {experts} experts at once; a packed weight has two dimensions"
+        return Use(node, "matmul", problem=reason)
+    operator = "matmul" if name in MULTIPLIES else "other"
     return Use(node, operator, problem=f"{name or node.op} ({node.name}) takes no packed weight")

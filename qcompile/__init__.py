@@ -6,11 +6,12 @@ choose formats, or quantize ahead of time. Importing touches no GPU, no disk and
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import explain, quantize_
+    from .bisection import bisect
+    from .comparison import compare
     from .formats import ROW, Codebook, FormatSpec, Plane, Scheme, register_format, symbols
     from .kv_cache import KVCache, PagedKVCache
     from .passes.convert import restore_
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
-    "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache", "warmup": "warm",
+    "compare": "comparison", "bisect": "bisection", "warmup": "warm",
+    "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
 __all__ = ["ROW", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy", "QuantizedTensor", "Scheme",
-           "explain", "quantize_", "register_format", "restore_", "symbols", "warmup"]  # fmt: skip
+           "bisect", "compare", "explain", "quantize_", "register_format", "restore_", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 
@@ -36,9 +38,3 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-if "torch" in sys.modules:  # else the backend does it
-    from .artifacts import register
-
-    register()

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .dynamo_errors import as_themselves
 from .options import Options
 from .owners import Owners, unwrapped
 from .passes.convert import Conversion
 from .passes.pipeline import Compilation
 from .plan import Decision, Record, Site
 from .recorder import Recorder, recorder_of
-from .report import Report
+from .report import Picture, Report
 from .tensor import QuantizedTensor
+from .timing import times
+from .tracing import call_through
 
 
-def explain(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> Report:
-    """Calls ``model(*args, **kwargs)`` once and reports every site: what was, or would be, done with it, and why.
+def explain(model: nn.Module, *args: Any, policy: Any = None, measure: bool = False, **kwargs: Any) -> Report:
+    """Calls ``model(*args, **kwargs)`` and reports every site: what was, or would be, done with it, and why.
 
     A model compiled with backend "qcompile" is called as it is, and the report says what its compilations did. Any other
     model is traced under ``policy`` (as ``options["policy"]``) and left untouched: each weight that the policy means is
-    packed for a moment to measure its SQNR. Gradients are off.
+    packed for a moment to measure its SQNR; on the meta device nothing is measured. Gradients are off. The report also holds
+    a picture of the graphs. ``measure``: every linear layer, with its weight as it is in the model, is timed.
     """
+    root = unwrapped(model)
     with torch.no_grad():
+        recorder = recorder_of(_root(model))
         if policy is None:
             model(*args, **kwargs)
-            recorder = recorder_of(_root(model))
-            if len(recorder.plan):
-                return Report(recorder.plan.merge(_unseen(model, recorder)))
-        recorder = Recorder()
-        for conversion in _traced(model, policy, recorder, args, kwargs):
-            conversion.measure()
-        return Report(recorder.plan.merge(_unseen(model, recorder)))
+        if policy is None and len(recorder.plan):
+            look = Look(Options.parse({"policy": recorder.policy}, None), Recorder())
+        else:
+            recorder = Recorder()
+            look = Look(Options.parse({"policy": policy}, None), recorder)
+        call_through(model, look, args, kwargs)
+        for conversion in look.conversions:
+            if look.recorder is recorder:
+                conversion.measure()
+        plan = recorder.plan.merge(_unseen(model, recorder))
+        return Report(plan, tuple(look.graphs), times(root, plan) if measure else None)
 
 
 def quantize_(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> Report:
@@ -45,9 +53,11 @@ def quantize_(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -
     """
     with torch.no_grad():
         recorder = recorder_of(_root(model))
-        for conversion in _traced(model, policy, recorder, args, kwargs):
+        look = Look(Options.parse({"policy": policy}, None), recorder, packs=True)
+        call_through(model, look, args, kwargs)
+        for conversion in look.conversions:
             conversion.run()
-        return Report(recorder.plan.merge(_unseen(model, recorder)))
+        return Report(recorder.plan.merge(_unseen(model, recorder)), tuple(look.graphs))
 
 
 def _root(model: nn.Module) -> nn.Module:
@@ -70,17 +80,18 @@ def _unseen(model: nn.Module, recorder: Recorder) -> list[Record]:
     return records
 
 
-def _traced(
-    model: nn.Module, policy: Any, recorder: Recorder, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[Conversion]:
-    """The conversions that the backend would make on one call; the sites left alone are recorded at once."""
-    options = Options.parse({"policy": policy}, None)
-    found: list[Conversion] = []
+class Look:
+    """A backend that takes down what qcompile would do with each graph and runs it as it is. ``packs``: its conversions will be
+    run, so their kernels are built."""
 
-    def look(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.extend(Compilation(gm, example_inputs, options, recorder).conversions())
+    def __init__(self, options: Options, recorder: Recorder, packs: bool = False) -> None:
+        self.options, self.recorder, self.packs = options, recorder, packs
+        self.conversions: list[Conversion] = []
+        self.graphs: list[Picture] = []
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compilation = Compilation(gm, example_inputs, self.options, self.recorder)
+        found = compilation.conversions()
+        self.conversions += compilation.ready(found) if self.packs else found
+        self.graphs.append(compilation.picture(f"graph {len(self.graphs)}"))
         return gm.forward
-
-    with as_themselves():
-        torch.compile(unwrapped(model), backend=look)(*args, **kwargs)
-    return found

@@ -1,7 +1,7 @@
 """``torch.compiler.save_cache_artifacts()`` carries what qcompile made, next to what Inductor did.
 
-An artifact is recorded by its place and read when artifacts are saved: weights do not lie in memory twice. The process that
-loads must have imported qcompile, for torch refuses kinds of artifacts that it does not know.
+An artifact is recorded by its place and read when artifacts are saved: weights do not lie in memory twice. Torch refuses kinds
+of artifacts that it does not know, so ``import torch`` makes ours known (:mod:`.autoload`).
 """
 
 from __future__ import annotations

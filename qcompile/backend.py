@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._dynamo.callback import callback_handler
 
-from . import artifacts, kernels
+from . import artifacts, trail
 from .dynamo_errors import as_themselves
 from .guards import drop_plane_guards
 from .options import Options
@@ -16,6 +16,7 @@ from .passes import foresight
 from .passes.convert import Pending, Retrace
 from .passes.kv_cache import packs_caches
 from .passes.pipeline import Compilation
+from .repro import on_failure, write
 
 
 def qcompile(
@@ -33,31 +34,48 @@ def qcompile(
     """
     listen()
     with as_themselves():
-        Pending.finish_all()
         parsed = Options.parse(options, mode)
-        foreseen = foresight.take()
-        compilation = Compilation(gm, foreseen.floats(example_inputs), parsed, owners=foreseen.owners)
-        switched = packs_caches(compilation.root, parsed.kv_cache)
-        conversions = compilation.conversions()
-        confirmed = None if switched else foreseen.confirms(example_inputs, conversions)
-        if confirmed is None:
-            foreseen.remember(compilation.root, compilation.owners, conversions)
-            kernels.begin({c.scheme.key for c in conversions}, compilation.device.type)
-            raise Retrace(conversions)
-        compilation.lower_attention()
-        compilation.look_at(example_inputs)
-        del foreseen, conversions  # with them the last of each float weight goes as its packed form stands
-        while confirmed:
-            confirmed.pop(0).run()
+        with on_failure(gm, example_inputs, parsed):
+            return _compiled(gm, example_inputs, parsed)
+
+
+def _compiled(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) -> Callable[..., Any]:
+    Pending.finish_all()
+    foreseen = foresight.take()
+    compilation = Compilation(gm, foreseen.floats(example_inputs), parsed, owners=foreseen.owners)
+    switched = packs_caches(compilation.root, parsed.kv_cache)
+    conversions = compilation.ready(compilation.conversions())
+    if conversions or switched:
+        trail.graph(gm, "before")
+    confirmed = None if switched else foreseen.confirms(example_inputs, conversions)
+    if confirmed is None:
+        foreseen.remember(compilation.root, compilation.owners, conversions)
+        raise Retrace(conversions)
+    compilation.lower_attention()
+    compilation.look_at(example_inputs)
+    del foreseen, conversions  # with them the last of each float weight goes as its packed form stands
+    while confirmed:
+        confirmed.pop(0).run()
+    _leave(gm, compilation)
     drop_plane_guards(gm, example_inputs)
     from torch._inductor.compile_fx import compile_fx
 
     from . import inductor
 
     inductor.install()
-    with inductor.keyed():
+    with inductor.keyed(gm):
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=parsed.inductor_patches())
     return compiled
+
+
+def _leave(gm: torch.fx.GraphModule, compilation: Compilation) -> None:
+    """Logs, traces and files of a graph that goes to Inductor."""
+    plan = compilation.plan()
+    trail.graph(gm, "after")
+    trail.decisions(plan)
+    trail.kernels(plan, compilation.device)
+    if (folder := trail.folder()) is not None:
+        write(folder, gm, compilation.example_inputs, compilation.options)
 
 
 def _reset() -> None:

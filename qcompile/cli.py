@@ -6,12 +6,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__
+from . import __version__, cli_debug
 from .cli_cache import app as cache
 from .formats import REGISTRY, FormatSpec, Plane, activations_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A quantizing backend for torch.compile.")
 app.add_typer(cache, name="cache")
+cli_debug.register(app)
 
 
 @app.command()

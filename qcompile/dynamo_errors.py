@@ -5,9 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from torch._dynamo.exc import BackendCompilerFailed, ShortenTraceback
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    ShortenTraceback,
+    TensorifyScalarRestartAnalysis,
+    UnspecializeRestartAnalysis,
+)
 
 from .errors import QCompileError
+
+RESTARTS = (UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis)
+"""What Dynamo lets through from a backend, to trace again."""
 
 
 @contextlib.contextmanager
@@ -24,4 +32,6 @@ def as_themselves() -> Iterator[None]:
         both = type(type(error).__name__, (type(error), ShortenTraceback), {"__module__": type(error).__module__})
         raised = both.__new__(both, *error.args)
         raised.args, raised.first_useful_frame = error.args, None
+        for note in getattr(error, "__notes__", ()):
+            raised.add_note(note)
         raise raised from None

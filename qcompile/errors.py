@@ -43,6 +43,10 @@ class StrictError(QCompileError):
     """``strict=True`` and a site that the policy meant to quantize was left in floating point."""
 
 
+class CompareError(QCompileError, ValueError):
+    """Two models, or two configurations of one, cannot be compared as they were given."""
+
+
 class KernelBuildError(QCompileError, RuntimeError):
     """A generated kernel did not compile; the message holds the command, the source file and the compiler's words."""
 

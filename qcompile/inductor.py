@@ -22,6 +22,7 @@ from . import ops
 from .codegen.cpp import DTYPES, CpuKernels
 from .formats import scheme_of
 from .kernels import Permuted, for_key
+from .names import module_name
 
 aten = torch.ops.aten
 Node = Any
@@ -34,10 +35,13 @@ def install() -> None:
         lowering.register_lowering(ops.linear, type_promotion_kind=None)(_linear)
 
 
-def keyed() -> AbstractContextManager[None]:
-    """While Inductor compiles: its caches keep what was compiled by other versions of this lowering apart."""
+def keyed(gm: torch.fx.GraphModule | None = None) -> AbstractContextManager[None]:
+    """While Inductor compiles ``gm``: its caches keep what was compiled by other versions of this lowering apart, and what
+    was compiled for modules of other names, which are written into the code for profilers."""
     config: Any = torch.compiler.config
-    tagged: AbstractContextManager[None] = config.patch(cache_key_tag=f"{config.cache_key_tag}qcompile {_version()}")
+    names = "\n".join(map(module_name, gm.graph.nodes)) if gm is not None else ""
+    tag = f"{config.cache_key_tag}qcompile {_version()} {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+    tagged: AbstractContextManager[None] = config.patch(cache_key_tag=tag)
     return tagged
 
 
@@ -85,11 +89,12 @@ class PackedLinear(ir.ExternKernelOut):
         bias_dtype = 0 if bias is None else DTYPES[bias.get_dtype()]
         numbers = (DTYPES[dtype], bias_dtype, m, n, k, _kernels(key).padded(n, k), x.get_stride()[0])
         layout = ir.FixedLayout(x.get_device(), dtype, [m, n])
-        made = cls(layout, inputs, (key, *numbers), op_overload=ops.linear, python_kernel_name="qcompile_linear")
+        constants = (key, profiled_name(key, V.graph.current_node), *numbers)
+        made = cls(layout, inputs, constants, op_overload=ops.linear, python_kernel_name="qcompile_linear")
         return ir.TensorBox.create(made)
 
     def codegen(self, wrapper: Any) -> None:
-        key, *numbers = self.constant_args
+        key, name, *numbers = self.constant_args
         function = f"qcompile_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         wrapper.add_import_once("from qcompile.codegen.cpp_call import caller as qcompile_caller")
         wrapper.add_import_once("from qcompile.inductor import linear_function as qcompile_function")
@@ -99,7 +104,14 @@ class PackedLinear(ir.ExternKernelOut):
         planes, bias = (rest, "None") if len(rest) == len(_kernels(key).scheme.format.parts) else (rest[:-1], rest[-1])
         sizes = map(wrapper.codegen_python_sizevar, numbers)
         self.codegen_comment(wrapper)
-        wrapper.writeline(f"qcompile_linear({', '.join((function, self.codegen_reference(), x, bias, *sizes, *planes))})")
+        arguments = (function, self.codegen_reference(), x, bias, *sizes, *planes, repr(name))
+        wrapper.writeline(f"qcompile_linear({', '.join(arguments)})")
+
+
+def profiled_name(key: str, node: torch.fx.Node | None) -> str:
+    """What profilers show of a call: the format and the layer, as ``"qcompile::linear int8 layers.0.mlp.up_proj"``."""
+    layer = module_name(node) if node is not None else ""
+    return f"qcompile::linear {scheme_of(key).label} {layer}".strip()
 
 
 def _address(node: Node) -> str:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from .errors import QCompileError
 from .formats import Scheme, scheme_of
 
 
@@ -50,6 +51,17 @@ def for_scheme(scheme: Scheme, device_type: str) -> Kernels:
     from .codegen.cpp import cpu_kernels
 
     return cpu_kernels(scheme)
+
+
+def source_of(scheme: Scheme, device_type: str) -> str:
+    """The text that is generated for ``scheme`` on ``"cpu"`` or ``"cuda"``; nothing is compiled for a CPU."""
+    if scheme.format.permuted:
+        return source_of(replace(scheme, format=replace(scheme.format, permuted=False)), device_type)
+    if device_type == "cuda":
+        return for_scheme(scheme, device_type).source
+    from .codegen.cpp import source
+
+    return source(scheme)
 
 
 class AttentionKernels(Protocol):
@@ -123,8 +135,12 @@ def _put_back(stored: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def for_key(key: str, device_type: str) -> Kernels:
     """:func:`for_scheme` for an operator's scheme key."""
-    begun = _begun.pop((key, device_type), None)
-    return for_scheme(scheme_of(key), device_type) if begun is None else begun.result()
+    begun = _begun.get((key, device_type))
+    try:
+        return for_scheme(scheme_of(key), device_type) if begun is None else begun.result()
+    except QCompileError:
+        _begun.pop((key, device_type), None)
+        raise
 
 
 _begun: dict[tuple[str, str], Future[Kernels]] = {}

@@ -25,6 +25,9 @@ class Options:
         ``"nearest"``: each weight to the nearest value of its format. ``"gptq"``: so that layers' outputs change least on
         the inputs of the first call, which should therefore be a few thousand tokens like those to come, with little
         padding. Layers that are compiled one by one get it for the first of them alone; compile the whole model.
+    fallback
+        What happens when a weight cannot be packed (it holds NaN) or a kernel cannot be built: ``"error"`` raises and names the
+        layers; ``"float"`` leaves those layers in floating point, with a warning and a reason in the plan.
     kv_cache
         Format of keys and values in the caches of a Hugging Face model: "fp8", "int8", "int4" or any that
         :func:`qcompile.kv_cache.formats_of` takes. None: caches stay as they are.
@@ -38,6 +41,7 @@ class Options:
     strict: bool = False
     weights: str = "free"
     rounding: str = "nearest"
+    fallback: str = "error"
     kv_cache: Any = None
     mode: str = "default"
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -64,6 +68,8 @@ class Options:
             raise OptionError(f"option 'weights' must be 'free' or 'keep', found {self.weights!r}")
         if self.rounding not in ("nearest", "gptq"):
             raise OptionError(f"option 'rounding' must be 'nearest' or 'gptq', found {self.rounding!r}")
+        if self.fallback not in ("error", "float"):
+            raise OptionError(f"option 'fallback' must be 'error' or 'float', found {self.fallback!r}")
         if self.kv_cache is not None:
             formats_of(self.kv_cache)
         if self.mode not in MODES:

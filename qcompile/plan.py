@@ -31,7 +31,7 @@ ROLES = (
 )
 """What a layer can be for, as the graph tells it; a fused layer has several."""
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the JSON that plans are saved as."""
 
 
@@ -51,7 +51,9 @@ class Site:
     attribute; None when it is no parameter) and ``parameter`` is the parameter's qualified name. ``shape``:
     (N, K) = (out, in features) of a linear layer, the weight's own shape for other weights, q's for attention
     (−1: dynamic). ``transposed``: the parameter is stored [K, N]. ``unsupported`` says why it cannot be
-    quantized at all.
+    quantized at all. ``flops``: floating-point operations (a multiplication and an addition are two) that the
+    products by the weight cost in one call, the first that was seen; 0 for what multiplies by no weight.
+    ``source``: "file:line" of the model's code.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Site:
     transposed: bool = False
     unsupported: str | None = None
     parameter: str | None = None
+    flops: int = 0
+    source: str = ""
 
     def __post_init__(self) -> None:
         if self.operator not in OPERATORS:
@@ -139,13 +143,16 @@ class Record:
 @dataclass(frozen=True)
 class Totals:
     """Sums over a plan; every weight counts once however many sites share it. ``share``: the part of the
-    linear layers' weights (in bytes before) that is quantized; 0 when there are none."""
+    linear layers' weights (in bytes before) that is quantized; 0 when there are none. ``flops``: of the linear
+    layers in one call; ``flops_share``: the part of them in quantized ones."""
 
     sites: int
     quantized: int
     bytes_before: int
     bytes_after: int
     share: float
+    flops: int
+    flops_share: float
 
 
 @dataclass(frozen=True)
@@ -183,12 +190,17 @@ class Plan:
                 unique[name] = record
         whole = sum(unique[name].bytes_before for name in linear)
         packed = sum(unique[name].bytes_before for name in linear if unique[name].decision.scheme is not None)
+        linears = [r for r in self.records if r.decision.site.is_linear]
+        flops = sum(r.decision.site.flops for r in linears)
+        low = sum(r.decision.site.flops for r in linears if r.decision.scheme is not None)
         return Totals(
             sites=len(self.records),
             quantized=sum(r.decision.scheme is not None for r in self.records),
             bytes_before=sum(r.bytes_before for r in unique.values()),
             bytes_after=sum(r.bytes_after for r in unique.values()),
             share=packed / whole if whole else 0.0,
+            flops=flops,
+            flops_share=low / flops if flops else 0.0,
         )
 
     def require_all(self) -> None:
@@ -244,6 +256,8 @@ def _to_dict(record: Record) -> dict[str, Any]:
         "dtype": str(site.dtype).removeprefix("torch."),
         "transposed": site.transposed,
         "unsupported": site.unsupported,
+        "flops": site.flops,
+        "source": site.source,
         "scheme": decision.scheme and decision.scheme.key,
         "wanted": decision.wanted and decision.wanted.key,
         "rule": decision.rule,
@@ -267,6 +281,8 @@ def _from_dict(data: dict[str, Any]) -> Record:
         data["transposed"],
         data["unsupported"],
         data["parameter"],
+        data["flops"],
+        data["source"],
     )
     scheme, wanted = (scheme_of(data[name]) if data[name] else None for name in ("scheme", "wanted"))
     decision = Decision(site, scheme, data["rule"], data["reason"], wanted)

@@ -8,13 +8,18 @@ from collections.abc import Iterable
 from torch import nn
 
 from .plan import Plan, Record, Site
+from .policy import Policy
 
 
 class Recorder:
-    """Collects the records of all graphs of one model into one :class:`~qcompile.plan.Plan`."""
+    """Collects the records of all graphs of one model into one :class:`~qcompile.plan.Plan`; ``policy`` is the one that
+    decided last. ``failures`` says by a parameter's name or a scheme's key why it is left in floating point whatever the policy
+    says."""
 
     def __init__(self) -> None:
         self.plan = Plan()
+        self.policy: Policy | None = None
+        self.failures: dict[str, str] = {}
 
     def add(self, *records: Record) -> None:
         """For a site that was recorded before, the latest record stands."""

@@ -14,6 +14,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what the tests of the zoo found."""
+    lines = [text for report in terminalreporter.stats.get("passed", []) for key, text in report.user_properties if key == "zoo"]
+    if lines:
+        terminalreporter.write_sep("-", "linear layers computed packed")
+        terminalreporter.write_line("\n".join(lines))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def debug_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Repros that failures leave go to a temporary folder."""
+    torch._dynamo.config.debug_dir_root = str(tmp_path_factory.mktemp("torch_compile_debug"))
+
+
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     """No compiled code and no counters from other tests; gradients off."""

@@ -367,7 +367,7 @@ def test_explain_before_and_after() -> None:
 
     assert facts(planned) == facts(done) and len(facts(done)) >= 7
     assert all(sqnr > 10 for _, _, _, sqnr, _ in facts(done).values() if sqnr is not None)
-    assert "layers.0.up" in str(done) and "layers.0.up" in done.to_json()
+    assert "layers.{0…2}.up" in str(done) and "layers.0.up" in str(done.unfolded()) and "layers.0.up" in done.to_json()
 
 
 def test_explain_names_weights_that_no_graph_held_and_finds_models_inside_others() -> None:
@@ -377,7 +377,7 @@ def test_explain_names_weights_that_no_graph_held_and_finds_models_inside_others
     report = qcompile.explain(compiled, x)
     left = {r.decision.site.name: r.decision.reason for r in report.plan if r.decision.scheme is None}
     assert "no graph used the weight" in (left["inner.head"] or "")
-    assert "inner.layers.0.up" in str(report) and holder["inner"] is model
+    assert "inner.layers.0.up" in str(report.unfolded()) and holder["inner"] is model
 
 
 def test_quantize_ahead_of_time() -> None:
@@ -421,3 +421,27 @@ def test_compilation_caches_are_not_bypassed(tmp_path, monkeypatch: pytest.Monke
         assert_right(model, torch.compile(model, backend="qcompile", options={"policy": "int4"}), x)
         assert counters["aot_autograd"][f"autograd_cache_{expected}"] == 1
         assert counters["aot_autograd"]["autograd_cache_bypass"] == 0 == counters["inductor"]["fxgraph_cache_bypass"]
+
+
+def test_a_model_can_be_looked_at_any_number_of_times(fresh_dynamo: None) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.ones(1, 16)
+    for _ in range(12):
+        (record,) = qcompile.explain(model, x, policy="int8").plan
+        assert record.decision.scheme is not None
+
+
+def test_layers_are_timed_as_they_are(fresh_dynamo: None) -> None:
+    model, x = stack(0), torch.randn(4, 64)
+    qcompile.quantize_(model, x, policy="int8")
+    report = qcompile.explain(model, x, policy="int8", measure=True)
+    linear = [r.decision.site.key for r in report.plan if r.decision.site.is_linear]
+    assert set(report.times) == set(linear) and len(linear) >= 7
+    assert all(0 < t.bound < 1 and 0 < t.measured < 1 for t in report.times.values())
+
+
+def test_models_without_values_are_explained(fresh_dynamo: None) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval()
+    report = qcompile.explain(model, torch.ones(4, 256, device="meta"), policy="int4", measure=True)
+    assert [r.sqnr for r in report.plan] == [None, None] and report.times == {}
+    assert report.plan.totals().quantized == 2 and report.plan.totals().flops == 2 * 2 * 4 * 256 * 512

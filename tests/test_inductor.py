@@ -129,8 +129,11 @@ def test_the_c_function_refuses_what_it_cannot_call() -> None:
     linear, x = caller().linear, torch.zeros(1, K)
     with pytest.raises(TypeError, match="1 to 16 planes"):
         linear(1, x, x)
-    with pytest.raises(TypeError, match="non-tensor"):
-        linear(1, 3, x, None, *range(7), x)
+    for name in ((), ("name",)):
+        with pytest.raises(TypeError, match="1 to 16 planes"):
+            linear(1, *[x] * 10, *name)
+        with pytest.raises(TypeError, match="non-tensor"):
+            linear(1, 3, x, None, *range(7), x, *name)
     with pytest.raises(TypeError, match="integer"):
         linear(1, x, x, None, "a", *range(6), x)
     with pytest.raises(OverflowError):

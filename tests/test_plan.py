@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from rich.console import Console
 from qcompile.errors import PolicyError, StrictError, UnknownFormatError
 from qcompile.formats import Scheme, get
 from qcompile.plan import SCHEMA, Decision, Plan, Record, Site
-from qcompile.report import Report
+from qcompile.report import Machine, Report, Timing
 from qcompile.report.table import COLUMNS, decibels, size
 
 INT8, INT4 = Scheme(get("int8")), Scheme(get("int4_g128"))
@@ -183,3 +184,41 @@ def test_sizes(count: int, text: str) -> None:
 
 def test_decibels() -> None:
     assert [decibels(x) for x in (None, 31.25, math.inf)] == ["", "31.2 dB", "exact"]
+
+
+def layers(count: int) -> Plan:
+    """Equal layers that differ in their SQNR, and one that was left."""
+    found = [record(f"m.layers.{i}.up", INT8, 40.0 + i, flops=1000) for i in range(count)]
+    left = [record(f"m.layers.{i}.attn", reason=f"rule says 'm.layers.{i}.attn'", operator="attention", weight=None)
+            for i in range(count)]  # fmt: skip
+    return Plan((*found, *left, record("m.head", INT4, 20.0, flops=3000, roles=frozenset({"lm_head"}))))
+
+
+def test_equal_layers_are_one_row_with_their_sums() -> None:
+    report = Report(layers(32))
+    text = str(report)
+    (row,) = (line for line in text.splitlines() if "m.layers.{0…31}.up" in line)
+    assert " 32 " in row and "40.0…71.0 dB" in row and "1.05 MB → " in row
+    assert "32 × rule says 'm.layers.{0…31}.attn'" in text and "100.0% of their 35.0 kFLOP" in text
+    assert "layers.7.up" in str(report.unfolded()) and len(report.plan) == 65
+    other = Report(layers(3).merge([record("m.layers.1.up", INT4, 20.0, flops=1000)]))
+    assert "m.layers.{0,2}.up" in str(other) and "m.layers.1.up" in str(other)
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, 9), ({"name": "*.up"}, 4), ({"operator": "attention"}, 4), ({"role": "lm_*"}, 1), ({"format": "int4*"}, 1),
+     ({"left": True}, 4), ({"left": False}, 5), ({"name": "*.up", "left": True}, 0)],
+)  # fmt: skip
+def test_reports_are_filtered(given: dict[str, Any], count: int) -> None:
+    assert len(Report(layers(4)).filter(**given).plan) == count
+
+
+def test_times_stand_beside_their_bounds() -> None:
+    times = {(f"m.layers.{i}.up", "linear"): Timing(1e-6, 3e-6) for i in range(4)}
+    report = Report(layers(4), times=times)
+    (row,) = (line for line in str(report).splitlines() if "{0…3}.up" in line)
+    assert "4 µs" in row and "12 µs" in row
+    records = json.loads(report.to_json())["records"]
+    assert records[0]["seconds"] == {"bound": 1e-6, "measured": 3e-6} and "seconds" not in records[-1]
+    assert Machine(1e9, 1e12).bound(2000, 10**6) == 2e-6 and Machine(1e9, 1e12).bound(2000, 10**7) == 1e-5

@@ -11,19 +11,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "target"},
-    {"store", "formats", "artifacts"},
+    {"errors", "target", "names", "logs", "variables"},
+    {"store", "formats", "artifacts", "autoload"},
     {"codegen"},
-    {"kernels", "checkpoints"},
+    {"kernels", "checkpoints", "doctor"},
     {"ops"},
     {"inductor"},
     {"tensor", "tensor_ops", "kv_cache"},
     {"packing"},
-    {"plan", "rules", "hf_cache", "presets", "gguf_presets", "recorder", "owners", "guards", "dynamo_errors", "calibrate"},
+    {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "calibrate"},
+    {"tracing"},
     {"policy", "report", "trust"},
-    {"options"},
+    {"timing"},
+    {"options", "recorder", "trail"},
+    {"repro"},
+    {"comparison"},
+    {"suggestion"},
     {"passes"},
-    {"api", "warm", "cli_cache", "cli"},
+    {"api", "warm", "cli_cache", "cli", "cli_debug", "bisection"},
     {"backend"},
 ]
 """From the ground up: a module imports from its own layer or below."""

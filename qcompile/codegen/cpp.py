@@ -89,7 +89,7 @@ class CpuKernels:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         planes = (pointer,) * len(scheme.format.parts)
         self.address: int = ctypes.cast(library.qc_linear, pointer).value or 0
-        self._call = caller().linear
+        self._call, self._name = caller().linear, f"qcompile::linear {scheme.label}"
         self._decode = library.qc_decode
         self._decode.argtypes = [pointer, number, number, size, size, size, *planes]
         self._decode.restype = None
@@ -126,7 +126,7 @@ class CpuKernels:
         if bias is not None:
             bias = self._bias(bias, n)
             bias_dtype = DTYPES[bias.dtype]
-        self._call(self.address, y, x2, bias, dtype, bias_dtype, rows, n, k, padded, x2.stride(0), *planes)
+        self._call(self.address, y, x2, bias, dtype, bias_dtype, rows, n, k, padded, x2.stride(0), *planes, self._name)
         return y
 
     def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import sysconfig
+import threading
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -19,18 +20,29 @@ from .cpp_build import built
 
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-w")
 
+HAS_CALLBACKS = "_ZN2at12hasCallbacksEv"
+"""``at::hasCallbacks()``: whether a profiler or another observer listens."""
+
 
 def flags() -> tuple[str, ...]:
     """Those of the compiler for ``call.cpp``, which needs Python's headers."""
     return (*FLAGS, f"-I{sysconfig.get_path('include')}")
 
 
-@functools.cache
+_lock = threading.Lock()
+
+
 def caller() -> ModuleType:
     """The module whose ``linear`` calls a kernel's ``qc_linear``; see ``include/call.cpp`` for its arguments.
 
     Raises :class:`KernelBuildError` when it does not compile, also for want of Python's headers.
     """
+    with _lock:  # kernels are compiled in several threads, and each needs it
+        return _caller()
+
+
+@functools.cache
+def _caller() -> ModuleType:
     headers = sysconfig.get_path("include")
     if not (Path(headers) / "Python.h").exists():
         raise KernelBuildError(f"Python.h is not in {headers}, which kernels for CPUs (and Inductor) need; install Python's "
@@ -42,7 +54,13 @@ def caller() -> ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    threads = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_get_num_threads, ctypes.c_void_p).value
     guards: Any = torch._C._dynamo.guards
-    module.connect(guards._torchinductor_pyobject_tensor_data_ptr, threads)
+    profiler: Any = torch._C._profiler
+    module.connect(guards._torchinductor_pyobject_tensor_data_ptr, _address("torch_get_num_threads"), _address(HAS_CALLBACKS),
+                   profiler._RecordFunctionFast)  # fmt: skip
     return module
+
+
+def _address(symbol: str) -> int | None:
+    """Of a function in the libraries that torch has loaded."""
+    return ctypes.cast(getattr(ctypes.CDLL(torch._C.__file__), symbol), ctypes.c_void_p).value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .graph import Picture, Step
+from .roofline import Machine, Timing
 from .table import Report
 
-__all__ = ["Report"]
+__all__ = ["Machine", "Picture", "Report", "Step", "Timing"]

@@ -25,9 +25,6 @@ from .keys import SCHEMA, key_of
 
 log = logging.getLogger(__name__)
 
-DIRECTORY, SIZE = "QCOMPILE_CACHE_DIR", "QCOMPILE_CACHE_SIZE"
-"""Environment variables: the folder of the store, and the bytes that it may take, with K, M, G or T; 0 keeps nothing."""
-
 DEFAULT_SIZE = "50G"
 PATIENCE = 2.0
 """Seconds of waiting for another process before a message says so."""
@@ -290,21 +287,22 @@ def _words(error: Exception) -> str:
 
 @functools.cache
 def _say_once(root: Path, why: str) -> None:
-    log.warning("the cache in %s cannot be written: %s; going on without keeping what is made. Set %s to a folder that can be "
-                "written, or %s to 0", root, why, DIRECTORY, SIZE)  # fmt: skip
+    log.warning("the cache in %s cannot be written: %s; going on without keeping what is made. Set QCOMPILE_CACHE_DIR to a "
+                "folder that can be written, or QCOMPILE_CACHE_SIZE to 0", root, why)  # fmt: skip
 
 
 def bytes_of(text: str) -> int:
     """``"50G"`` → 50·10⁹. Raises :class:`~qcompile.errors.OptionError` naming the variable."""
     number, unit = (text[:-1], text[-1]) if text[-1:].upper() in _UNITS else (text, "")
     if not number.replace(".", "", 1).isdigit():
-        raise OptionError(f"{SIZE}={text!r}: expected a number of bytes, or one with K, M, G or T: 50G; 0 keeps nothing")
+        raise OptionError(f"QCOMPILE_CACHE_SIZE={text!r}: expected a number of bytes, or one with K, M, G or T: 50G; 0 keeps "
+                          "nothing")  # fmt: skip
     return int(float(number) * _UNITS.get(unit.upper(), 1))
 
 
 def the_store() -> Store:
     """The store that the environment names: ``$QCOMPILE_CACHE_DIR``, else the user's cache folder."""
-    return _store(os.environ.get(DIRECTORY), os.environ.get(SIZE) or DEFAULT_SIZE)
+    return _store(os.environ.get("QCOMPILE_CACHE_DIR"), os.environ.get("QCOMPILE_CACHE_SIZE") or DEFAULT_SIZE)
 
 
 @functools.cache
