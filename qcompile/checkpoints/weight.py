@@ -1,0 +1,134 @@
+"""What every reader says of a checkpoint: for each parameter, which tensors of the file it is made of, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import CorruptCheckpointError
+from ..formats import Codebook, FormatSpec, Scheme
+from ..formats.layout import by_plane, pack_plane, unpack_plane
+from ..formats.reference import CHUNK_ELEMENTS, tile_rows
+from .files import Stored, TensorFiles
+
+Entries = Mapping[str, torch.Tensor]
+"""Entries of planes by name: ``[rows, entries along K]``."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of a checkpoint, not read yet.
+
+    ``shape`` is the float tensor's, or (N, K) of a packed weight; ``sources`` are the tensors of the file that it is made
+    of. ``read()`` gives the float tensor, or with a ``scheme`` the stored planes of the weight: copies that do not need the
+    file any more. ``transposed``: the parameter is [K, N]. ``dtype`` is what the parameter had where it was saved (None: the
+    file does not say).
+    """
+
+    shape: tuple[int, ...]
+    sources: tuple[Stored, ...]
+    read: Callable[[], torch.Tensor | list[torch.Tensor]]
+    scheme: Scheme | None = None
+    transposed: bool = False
+    dtype: torch.dtype | None = None
+
+    def release(self) -> None:
+        """Lets go of the file's pages."""
+        for source in self.sources:
+            source.release()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was opened and checked: what holds each parameter, and what the file says beside them.
+
+    ``kind`` names the layout; ``config`` is the model's configuration as JSON types (None: the file has none); ``used`` names
+    tensors that readers have accounted for without a parameter, with the reason; ``tied`` maps further names of a parameter
+    to the name it is stored under; ``buffers`` are values to put into buffers of the model once it is built.
+    """
+
+    kind: str
+    weights: Mapping[str, Weight]
+    config: Mapping[str, object] | None = None
+    used: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    plan: str | None = None
+    adjust: Callable[[torch.nn.Module], None] | None = None
+
+
+def plain(stored: Stored) -> Weight:
+    """A tensor that is a parameter as it is."""
+    return Weight(stored.shape, (stored,), lambda: stored.read().clone())
+
+
+LayerReader = Callable[[str, Mapping[str, Stored]], Weight]
+"""(name of a layer, its tensors by the end of their names) → its weight."""
+
+
+def by_layer(files: TensorFiles, marks: Iterable[str], ends: Iterable[str], reader: LayerReader) -> dict[str, Weight]:
+    """Weights of a checkpoint in which a packed layer is several tensors.
+
+    A layer is packed if it has one of the tensors ``layer.mark``; then all its tensors with a name in ``ends`` make the weight
+    ``layer.weight``. All other tensors are parameters as they are.
+    """
+    ends = sorted({*ends, *marks}, key=len, reverse=True)
+    layers: dict[str, dict[str, Stored]] = {
+        name[: -len(mark) - 1]: {} for mark in marks for name in files.tensors if name.endswith(f".{mark}")
+    }
+    weights: dict[str, Weight] = {}
+    for name, stored in files.tensors.items():
+        end = next((e for e in ends if name.endswith(f".{e}") and name[: -len(e) - 1] in layers), None)
+        if end is None:
+            weights[name] = plain(stored)
+        else:
+            layers[name[: -len(end) - 1]][end] = stored
+    for layer, parts in layers.items():
+        weights[f"{layer}.weight"] = reader(layer, parts)
+    return weights
+
+
+def part(layer: str, parts: Mapping[str, Stored], end: str) -> Stored:
+    """The tensor ``layer.end``. Raises :class:`CorruptCheckpointError` if the layer has none."""
+    if end not in parts:
+        found = ", ".join(sorted(parts))
+        raise CorruptCheckpointError(f"{layer}.{end}: not in the file, though the layer has {found}; download it again")
+    return parts[end]
+
+
+def pack_rows(spec: FormatSpec, n: int, k: int, entries: Callable[[slice], Entries]) -> list[torch.Tensor]:
+    """The stored planes of an N×K weight, ``order`` left out, from the entries of rows; a chunk of rows at a time, so that
+    working memory is a few megabytes."""
+    stored = [torch.empty(spec.part_shape(p, n, k), dtype=p.dtype) for p in spec.parts]
+    step = max(1, CHUNK_ELEMENTS // max(k, 1) // spec.row_multiple) * spec.row_multiple
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        got, count = entries(rows), rows.stop - start
+        parts = [part for p in spec.planes for part in pack_plane(spec, p, got[p.name], count, k)]
+        for whole, chunk in zip(tile_rows(spec, stored, start, count), parts, strict=True):
+            whole.copy_(chunk)
+    return stored
+
+
+def rows_of(spec: FormatSpec, planes: Sequence[torch.Tensor], start: int, count: int) -> dict[str, torch.Tensor]:
+    """The inverse: entries of rows ``start`` … (a multiple of 16), repeated where rows share them."""
+    grouped = by_plane(spec, tile_rows(spec, planes, start, count))
+    return {p.name: unpack_plane(p, grouped[p.name], count) for p in spec.planes}
+
+
+def finite(name: str, scales: torch.Tensor) -> torch.Tensor:
+    """``scales``, if none is NaN or infinite. Raises :class:`CorruptCheckpointError` naming the tensor."""
+    if not torch.isfinite(scales.to(torch.float32)).all():
+        raise CorruptCheckpointError(f"{name}: scales have NaN or infinite values; the file is damaged, download it again")
+    return scales
+
+
+def valid_codes(name: str, codes: torch.Tensor, book: Codebook) -> torch.Tensor:
+    """``codes`` (bytes), if ``book`` has a finite value for each. Raises :class:`CorruptCheckpointError` naming the tensor."""
+    table = torch.tensor(book.values)
+    bad = (~torch.isfinite(table)).nonzero().flatten().tolist()
+    raw = codes.view(torch.uint8)
+    if any((raw == code).any() for code in bad):
+        raise CorruptCheckpointError(f"{name}: has {book.name} codes that are NaN or infinite; the file is damaged")
+    return codes
