@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import CorruptCheckpointError
+from ..errors import CorruptCheckpointError, LayoutError
 from ..formats import Codebook, FormatSpec, Scheme
 from ..formats.layout import by_plane, pack_plane, unpack_plane
 from ..formats.reference import CHUNK_ELEMENTS, tile_rows
@@ -66,27 +66,42 @@ def plain(stored: Stored) -> Weight:
 LayerReader = Callable[[str, Mapping[str, Stored]], Weight]
 """(name of a layer, its tensors by the end of their names) → its weight."""
 
+ACTIVATIONS = "describes activations or a cache, which stay in the model's dtype"
+SPARE = dict.fromkeys(
+    ("input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "output_scale", "output_zero_point", "k_scale",
+     "v_scale", "q_scale", "prob_output_scale", "activation_scale"), ACTIVATIONS,
+)  # fmt: skip
+"""Ends of names of tensors that no weight is made of, and what they are."""
 
-def by_layer(files: TensorFiles, marks: Iterable[str], ends: Iterable[str], reader: LayerReader) -> dict[str, Weight]:
-    """Weights of a checkpoint in which a packed layer is several tensors.
+
+def by_layer(
+    kind: str, files: TensorFiles, marks: Iterable[str], ends: Iterable[str], reader: LayerReader,
+    spare: Mapping[str, str] = SPARE,
+) -> Checkpoint:  # fmt: skip
+    """A checkpoint in which a packed layer is several tensors.
 
     A layer is packed if it has one of the tensors ``layer.mark``; then all its tensors with a name in ``ends`` make the weight
-    ``layer.weight``. All other tensors are parameters as they are.
+    ``layer.weight``. Tensors that end in a name of ``spare`` are set aside, all others are parameters as they are.
     """
-    ends = sorted({*ends, *marks}, key=len, reverse=True)
+    longest = sorted({*ends, *marks}, key=lambda end: -len(end))
     layers: dict[str, dict[str, Stored]] = {
         name[: -len(mark) - 1]: {} for mark in marks for name in files.tensors if name.endswith(f".{mark}")
     }
     weights: dict[str, Weight] = {}
+    used: dict[str, str] = {}
     for name, stored in files.tensors.items():
-        end = next((e for e in ends if name.endswith(f".{e}") and name[: -len(e) - 1] in layers), None)
-        if end is None:
-            weights[name] = plain(stored)
-        else:
+        end = next((e for e in longest if name.endswith(f".{e}") and name[: -len(e) - 1] in layers), None)
+        if end is not None:
             layers[name[: -len(end) - 1]][end] = stored
+        elif name.rpartition(".")[2] in spare:
+            used[name] = spare[name.rpartition(".")[2]]
+        else:
+            weights[name] = plain(stored)
     for layer, parts in layers.items():
+        if f"{layer}.weight" in weights:
+            raise CorruptCheckpointError(f"{layer}.weight: is in the file both packed and by itself")
         weights[f"{layer}.weight"] = reader(layer, parts)
-    return weights
+    return Checkpoint(kind, weights, used=used)
 
 
 def part(layer: str, parts: Mapping[str, Stored], end: str) -> Stored:
@@ -105,10 +120,20 @@ def pack_rows(spec: FormatSpec, n: int, k: int, entries: Callable[[slice], Entri
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         got, count = entries(rows), rows.stop - start
+        _check_entries(spec, got, count, k)
         parts = [part for p in spec.planes for part in pack_plane(spec, p, got[p.name], count, k)]
         for whole, chunk in zip(tile_rows(spec, stored, start, count), parts, strict=True):
             whole.copy_(chunk)
     return stored
+
+
+def _check_entries(spec: FormatSpec, entries: Entries, n: int, k: int) -> None:
+    """Packing fills up what is missing, which must never hide that a reader found too little."""
+    for plane in spec.planes:
+        rows, along = spec.entry_shape(plane, n, k)[0], -(-k // plane.per) if plane.per else 1
+        found = entries[plane.name].shape
+        if found[0] != rows or found[1] < along:
+            raise LayoutError(f"plane {plane.name!r} of {spec.name} needs [{rows}, {along}] entries, found {list(found)}")
 
 
 def rows_of(spec: FormatSpec, planes: Sequence[torch.Tensor], start: int, count: int) -> dict[str, torch.Tensor]:
