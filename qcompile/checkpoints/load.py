@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import CheckpointError, CorruptCheckpointError, MissingTensorError, UnsupportedCheckpointError, nearest
 from ..plan import Plan
 from ..recorder import recorder_of
+from . import own, torchao
 from .attach import attach
 from .files import TensorFiles, open_safetensors, parse_json, read_json
 from .models import build
@@ -86,8 +87,6 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _read(files: TensorFiles, folder: Path, config: Mapping[str, Any]) -> Checkpoint:
-    from . import own
-
     if own.is_own(files):
         return own.read(files)
     settings = _settings(files, folder, config)
@@ -110,9 +109,7 @@ def _settings(files: TensorFiles, folder: Path, config: Mapping[str, Any]) -> di
     for name, method in (("hf_quant_config.json", "modelopt"), ("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
         if (folder / name).is_file():
             return _with_method(read_json(folder / name), method, folder)
-    if "tensor_names" in files.metadata and any(key.endswith("weight") for key in files.metadata):
-        return {"quant_method": "torchao"}
-    return None
+    return {"quant_method": "torchao"} if torchao.is_torchao(files) else None
 
 
 def _with_method(settings: Any, method: str | None, folder: Path) -> dict[str, Any]:
