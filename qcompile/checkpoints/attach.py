@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -21,15 +22,12 @@ def attach(
 ) -> None:
     """Replaces the parameters of ``model`` by those of ``checkpoint`` and fills its persistent buffers.
 
-    Names and shapes are compared before anything is read. ``dtype``: of float parameters, and what packed ones decode to
+    Names and shapes are compared first, as :func:`fitted` does. ``dtype``: of float parameters, and what packed ones decode to
     (None: as the file says if it does, else as the model's parameters have it). Raises :class:`MissingTensorError` for
     parameters without a tensor and tensors without a parameter, :class:`CheckpointError` for shapes that differ,
     :class:`CorruptCheckpointError` for what is found wrong while reading.
     """
-    all_places = places(model)
-    plan = _matched(model, all_places, checkpoint)
-    for name, place in plan.items():
-        _check_shape(name, place, checkpoint.weights[name])
+    all_places, checkpoint, plan = fitted(model, checkpoint)
     with torch.no_grad():
         for name, place in plan.items():
             weight = checkpoint.weights[name]
@@ -40,6 +38,28 @@ def attach(
         for alias, name in checkpoint.tied.items():
             if alias in by_name and name in by_name and by_name[alias] is not by_name[name]:
                 _share(by_name[alias], by_name[name])
+
+
+def fitted(model: nn.Module, checkpoint: Checkpoint) -> tuple[list[Place], Checkpoint, dict[str, Place]]:
+    """The places of ``model``, ``checkpoint`` under the names of its parameters, and the place of each weight. Reads nothing.
+
+    Raises :class:`MissingTensorError` and :class:`CheckpointError` unless names and shapes fit.
+    """
+    all_places = places(model)
+    if checkpoint.named is not None:
+        checkpoint = _renamed(checkpoint, [name for place in all_places for name in place.names])
+    plan = _matched(model, all_places, checkpoint)
+    for name, place in plan.items():
+        _check_shape(name, place, checkpoint.weights[name])
+    return all_places, checkpoint, plan
+
+
+def _renamed(checkpoint: Checkpoint, parameters: list[str]) -> Checkpoint:
+    """``checkpoint`` with its weights under the names of parameters; the rest, which no parameter asks for, under their own."""
+    assert checkpoint.named is not None
+    names = {p: n for p, n in checkpoint.named(parameters).items() if n in checkpoint.weights}
+    rest = {n: w for n, w in checkpoint.weights.items() if n not in set(names.values())}
+    return replace(checkpoint, weights={p: checkpoint.weights[n] for p, n in names.items()} | rest)
 
 
 def _matched(model: nn.Module, all_places: list[Place], checkpoint: Checkpoint) -> dict[str, Place]:

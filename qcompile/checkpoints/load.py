@@ -15,7 +15,7 @@ from ..errors import CheckpointError, CorruptCheckpointError, MissingTensorError
 from ..plan import Plan
 from ..recorder import recorder_of
 from . import own, torchao
-from .attach import attach
+from .attach import attach, fitted
 from .files import TensorFiles, open_safetensors, parse_json, read_json
 from .models import build
 from .weight import Checkpoint, plain
@@ -51,7 +51,7 @@ def load(
     if model is None:
         if checkpoint.config is None:
             raise MissingTensorError(f"{path}: no config.json beside it; build the model yourself and pass it as model=")
-        model = build(checkpoint.config, dtype, checkpoint.weights)
+        model = build(checkpoint.config, dtype, checkpoint.weights, lambda empty: fitted(empty, checkpoint))
         _generation(model, Path(path))
     attach(model, checkpoint, dtype, place)
     if checkpoint.adjust is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,30 +52,39 @@ def places(model: nn.Module) -> list[Place]:
     return list(found.values())
 
 
-def build(config: Mapping[str, Any], dtype: torch.dtype | None, tensors: Iterable[str]) -> nn.Module:
+def build(config: Mapping[str, Any], dtype: torch.dtype | None, tensors: Iterable[str], check: Callable[[nn.Module], Any],
+          ) -> nn.Module:  # fmt: skip
     """The Hugging Face model of ``config``, eval mode, parameters on the meta device, buffers in memory.
 
     ``dtype``: of the parameters (None: what the configuration says, or float32). ``tensors`` are names in the checkpoint: a
-    configuration with more layers than they tell of is refused before anything is built. Raises :class:`CheckpointError`
-    without transformers, or for a configuration that it does not take.
+    configuration with more layers than they tell of is refused before anything is built. ``check`` gets the model wholly on
+    the meta device first, so that sizes which do not fit the file take no memory. Raises :class:`CheckpointError` without
+    transformers, or for a configuration that it does not take.
     """
-    transformers = _transformers()
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")}
     _check_depth(config, tensors)
-    kind = config.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
+    wanted = dtype or _dtype_of(config) or torch.float32
+    with torch.device("meta"):
+        empty = _made(config, wanted)
+    check(empty)
+    with parameters_on_meta():
+        return _made(config, wanted)
+
+
+def _made(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    transformers = _transformers()
+    kind, names = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise CheckpointError(f"model_type {kind!r} of the configuration is not one of this transformers release; build the "
                               "model yourself and pass it as model=")  # fmt: skip
+    name = names[0] if isinstance(names, list) and names else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     try:
         made = transformers.CONFIG_MAPPING[kind].from_dict(dict(config))
-        wanted = dtype or _dtype_of(config) or torch.float32
-        names = config.get("architectures")
-        name = names[0] if isinstance(names, list) and names else None
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
-        with parameters_on_meta():
-            if cls is not None:
-                return cls._from_config(made, dtype=wanted).eval()
-            return transformers.AutoModelForCausalLM.from_config(made, dtype=wanted).eval()
+        if known:
+            return cls._from_config(made, dtype=dtype).eval()  # type: ignore[union-attr]
+        return transformers.AutoModelForCausalLM.from_config(made, dtype=dtype).eval()
     except Exception as error:
         raise CheckpointError(f"transformers cannot build a {kind!r} model from the configuration ({type(error).__name__}: "
                               f"{str(error)[:300]}); build it yourself and pass it as model=") from error  # fmt: skip

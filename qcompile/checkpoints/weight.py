@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import sympy
 import torch
 
 from ..errors import CorruptCheckpointError, LayoutError
-from ..formats import Codebook, FormatSpec, Scheme
+from ..formats import Codebook, FormatSpec, Plane, Scheme
 from ..formats.layout import by_plane, pack_plane, unpack_plane
 from ..formats.reference import CHUNK_ELEMENTS, tile_rows
 from .files import Stored, TensorFiles
@@ -46,7 +47,8 @@ class Checkpoint:
 
     ``kind`` names the layout; ``config`` is the model's configuration as JSON types (None: the file has none); ``used`` names
     tensors that readers have accounted for without a parameter, with the reason; ``tied`` maps further names of a parameter
-    to the name it is stored under; ``buffers`` are values to put into buffers of the model once it is built.
+    to the name it is stored under. ``named(parameters)`` gives the names in ``weights`` of a model's parameters, where they are
+    others (None: they are the same); ``adjust(model)`` changes what no parameter holds, once all are in place.
     """
 
     kind: str
@@ -56,6 +58,7 @@ class Checkpoint:
     tied: Mapping[str, str] = field(default_factory=dict)
     plan: str | None = None
     adjust: Callable[[torch.nn.Module], None] | None = None
+    named: Callable[[list[str]], dict[str, str]] | None = None
 
 
 def plain(stored: Stored) -> Weight:
@@ -147,6 +150,22 @@ def finite(name: str, scales: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(scales.to(torch.float32)).all():
         raise CorruptCheckpointError(f"{name}: scales have NaN or infinite values; the file is damaged, download it again")
     return scales
+
+
+def finite_planes(name: str, spec: FormatSpec, planes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """``planes``, if no scale of any is NaN or infinite. Raises :class:`CorruptCheckpointError` naming the tensor."""
+    for stored, plane in zip(spec.parts, planes, strict=False):
+        if plane.is_floating_point():
+            finite(f"{name} (plane {stored.name})", plane)
+        elif not stored.plane.is_code and (book := _book_of(spec, stored.plane)) is not None:
+            valid_codes(f"{name} (plane {stored.name})", plane, book)
+    return planes
+
+
+def _book_of(spec: FormatSpec, plane: Plane) -> Codebook | None:
+    """The table of scales that a plane indexes."""
+    calls = [f for f in spec.value.atoms(sympy.Function) if plane.name in {s.name for s in f.free_symbols}]
+    return spec.codebook(calls[0].func.__name__) if calls else None
 
 
 def valid_codes(name: str, codes: torch.Tensor, book: Codebook) -> torch.Tensor:
