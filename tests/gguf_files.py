@@ -26,7 +26,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 128}),
     "gemma": ("Gemma", {"head_dim": 64}),
     "gemma2": ("Gemma2", {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 16}),
-    "gemma3": ("Gemma3Text", {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 16}),
+    "gemma3": ("Gemma3Text", {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 16, "num_hidden_layers": 6}),
     "phi2": ("Phi", {"partial_rotary_factor": 0.5}),
     "phi3": ("Phi3", {"sliding_window": None, "pad_token_id": 0}),
 }

@@ -38,7 +38,7 @@ GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 class Architecture:
     """``model_type`` and class in transformers; ``more(get, tensors)`` gives further entries of the configuration; ``pairs``: q
     and k are reordered; ``plus_one``: norms are stored plus 1; ``epsilon``: GGUF's key for the norms' epsilon and the name in
-    the configuration."""
+    the configuration; ``windows``: every how many layers one attends beyond its window (0: no windows, or all alike)."""
 
     model_type: str
     model_class: str
@@ -46,6 +46,7 @@ class Architecture:
     pairs: bool = False
     plus_one: bool = False
     epsilon: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
+    windows: int = 0
 
 
 def _llama(get: Get, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,8 +107,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", lambda get, tensors: {}),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _qwen3),
     "gemma": Architecture("gemma", "GemmaForCausalLM", _gemma, plus_one=True),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _gemma_scaled("gemma2"), plus_one=True),
-    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3, plus_one=True),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _gemma_scaled("gemma2"), plus_one=True, windows=2),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3, plus_one=True, windows=6),
     "phi2": Architecture("phi", "PhiForCausalLM", _phi2, epsilon=("attention.layer_norm_epsilon", "layer_norm_eps")),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", _phi3),
 }

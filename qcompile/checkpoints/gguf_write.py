@@ -57,6 +57,10 @@ def _architecture(model: Any, header: Header | None) -> tuple[str, Architecture]
     name = MODEL_TYPES.get(str(kind))
     if name is None:
         raise UnsupportedCheckpointError(f"model_type {kind!r} is not written as GGUF; {', '.join(MODEL_TYPES)} are")
+    every, kinds = ARCHITECTURES[name].windows, getattr(model.config, "layer_types", None)
+    if every and kinds is not None and any((kind == "full_attention") != (i % every == 0) for i, kind in enumerate(kinds, 1)):
+        raise UnsupportedCheckpointError(f"a GGUF of {name!r} has no place for the model's windows: every layer but the {every}th, "
+                                         f"{2 * every}th, … has one; found {kinds}")  # fmt: skip
     if header is not None and architecture_of(header)[0] != name:
         raise CheckpointError(f"like={header.path}: is a {architecture_of(header)[0]!r}, the model a {name!r}")
     return name, ARCHITECTURES[name]
@@ -143,9 +147,9 @@ def _metadata(
     yield f"{name}.{key}", real, float(getattr(config, ours))
     for key in ("attention.key_length", "attention.value_length"):
         yield f"{name}.{key}", whole, head
-    rotary = _rotary(model)
-    yield f"{name}.rope.dimension_count", whole, 2 * len(rotary.inv_freq)
-    yield f"{name}.rope.freq_base", real, _theta(config, rotary)
+    frequencies = _frequencies(model)
+    yield f"{name}.rope.dimension_count", whole, 2 * len(frequencies)
+    yield f"{name}.rope.freq_base", real, _theta(config, frequencies)
     yield f"{name}.vocab_size", whole, config.vocab_size
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, key, None) is not None:
@@ -156,31 +160,31 @@ def _metadata(
     yield "general.quantization_version", whole, 2
 
 
-def _rotary(model: nn.Module) -> Any:
-    found = next((m for m in model.modules() if "inv_freq" in m._buffers), None)
-    if found is None:
-        raise UnsupportedCheckpointError("the model has no rotary embedding of one frequency for each pair; write it with like=")
-    return found
+def _frequencies(model: nn.Module) -> torch.Tensor:
+    """float32 [d/2] of the rotary embedding, of layers without a window where there are two."""
+    for module in model.modules():
+        for name in ("inv_freq", "full_attention_inv_freq"):
+            found = module._buffers.get(name)
+            if found is not None:
+                return found.float().cpu()
+    raise UnsupportedCheckpointError("the model has no rotary embedding; write it with like=, a GGUF of the same model")
 
 
-def _theta(config: Any, rotary: Any) -> float:
+def _theta(config: Any, frequencies: torch.Tensor) -> float:
     """The base of plain rotary embeddings. Raises :class:`UnsupportedCheckpointError` for stretched ones."""
-    count = len(rotary.inv_freq)
-    theta = float(rotary.inv_freq[-1].double() ** -(count / (count - 1))) if count > 1 else 10000.0
-    said = _said_theta(config)
-    theta = said if said is not None else theta
-    usual = theta ** -(torch.arange(count, dtype=torch.float64) / count)
-    if not torch.allclose(rotary.inv_freq.double().cpu(), usual, rtol=1e-4):
+    theta = _said_theta(config)
+    usual = theta ** -(torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies))
+    if not torch.allclose(frequencies.double(), usual, rtol=1e-4):
         raise UnsupportedCheckpointError("the model stretches its rotary embedding; write it with like=, a GGUF that says how")
     return theta
 
 
-def _said_theta(config: Any) -> float | None:
+def _said_theta(config: Any) -> float:
     parameters = getattr(config, "rope_parameters", None)
     if isinstance(parameters, dict) and "full_attention" in parameters:
         parameters = parameters["full_attention"]
     theta = parameters.get("rope_theta") if isinstance(parameters, dict) else getattr(config, "rope_theta", None)
-    return float(theta) if theta is not None else None
+    return float(theta) if theta is not None else 10000.0
 
 
 def _bytes(output: Output, model: Any, architecture: Architecture) -> np.ndarray[Any, Any]:
