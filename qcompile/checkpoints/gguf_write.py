@@ -59,7 +59,7 @@ def _architecture(model: Any, header: Header | None) -> tuple[str, Architecture]
         raise UnsupportedCheckpointError(f"model_type {kind!r} is not written as GGUF; {', '.join(MODEL_TYPES)} are")
     every, kinds = ARCHITECTURES[name].windows, getattr(model.config, "layer_types", None)
     if every and kinds is not None and any((kind == "full_attention") != (i % every == 0) for i, kind in enumerate(kinds, 1)):
-        raise UnsupportedCheckpointError(f"a GGUF of {name!r} has no place for the model's windows: every layer but the {every}th, "
+        raise UnsupportedCheckpointError(f"a GGUF of {name!r} has no place for these windows: every layer but the {every}th, "
                                          f"{2 * every}th, … has one; found {kinds}")  # fmt: skip
     if header is not None and architecture_of(header)[0] != name:
         raise CheckpointError(f"like={header.path}: is a {architecture_of(header)[0]!r}, the model a {name!r}")
