@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,6 +82,8 @@ def _traced(
         found.extend(Compilation(gm, example_inputs, options, recorder).conversions())
         return gm.forward
 
-    with as_themselves():
+    # Each call compiles anew; Dynamo would run the ninth model of one class eagerly, and nothing of it would be found.
+    unlimited = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
+    with as_themselves(), unlimited:
         torch.compile(unwrapped(model), backend=look)(*args, **kwargs)
     return found

@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qcompile import QuantizedTensor, load
 from qcompile.formats import reference
+from qcompile.rules import scheme_named
+from qcompile.tensor import as_parameter, quantize
 
 Encoder = Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
 """(name of a layer, its float32 weight [N, K]) → the layer's tensors by the end of their names, and the float32 weight that
@@ -63,6 +65,21 @@ def write(folder: Path, model: Any, tensors: dict[str, torch.Tensor], settings: 
         config["quantization_config"] = settings
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def pack(model: nn.Module, formats: dict[str, str]) -> Any:
+    """``model`` with every matrix whose layer's name ends in a key packed in that format; "*": all linear layers."""
+    for name, module in model.named_modules():
+        ends = [e for e in formats if name.endswith(e) or (e == "*" and isinstance(module, nn.Linear))]
+        value = formats[ends[0]] if ends else None
+        held = getattr(module, "weight", None)
+        if value is not None and isinstance(held, nn.Parameter) and held.dim() == 2 and not isinstance(held, QuantizedTensor):
+            scheme, transposed = scheme_named(value), type(module).__name__ == "Conv1D"
+            assert scheme is not None
+            parameter = as_parameter(quantize(held, scheme, transposed=transposed))
+            for slot in [m for m in model.modules() if m._parameters.get("weight") is held]:
+                slot.weight = parameter
+    return model
 
 
 def packed(model: nn.Module) -> dict[str, QuantizedTensor]:

@@ -19,7 +19,7 @@ from ..plan import Plan
 from ..recorder import recorder_of
 from ..tensor import QuantizedTensor
 from . import own
-from .models import Place, places
+from .models import places
 
 
 def save(model: nn.Module, path: str | Path, *, layout: str | None = None, like: str | Path | None = None) -> Path:
@@ -69,12 +69,12 @@ def flattened(model: nn.Module) -> tuple[dict[str, torch.Tensor], str]:
             found = {name: value}
         if clash := sorted(set(found) & set(tensors)):
             raise CheckpointError(f"{clash[0]}: is both a parameter and a plane of another; rename the parameter")
-        tensors |= {n: _whole(t) for n, t in found.items()}
+        tensors |= {n: whole(t) for n, t in found.items()}
     plan: Plan = recorder_of(model).plan
     return tensors, own.describe(packed, tied, plan.to_json() if len(plan) else None)
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` contiguous and alone in its storage, as safetensors asks."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
@@ -119,8 +119,3 @@ def write_config(model: Any, folder: Path, quantization: dict[str, Any]) -> None
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if getattr(model, "generation_config", None) is not None:
         (folder / "generation_config.json").write_text(model.generation_config.to_json_string(use_diff=True))
-
-
-def packed_places(model: nn.Module) -> list[tuple[Place, QuantizedTensor | None]]:
-    """Every place of ``model`` with its packed weight, or None for a float tensor."""
-    return [(p, p.tensor if isinstance(p.tensor, QuantizedTensor) else None) for p in places(model)]
