@@ -43,7 +43,7 @@ class Conversion:
         original = self.slots[0].get()
         if original is None or isinstance(original, QuantizedTensor):
             return
-        parameter = as_parameter(self._pack(original))
+        parameter = as_parameter(self.pack(original))
         for slot in self.slots:
             if self.keep:
                 slot.module.__dict__.setdefault(ORIGINALS, {})[slot.name] = original
@@ -53,10 +53,11 @@ class Conversion:
         """Packs, reports to ``done`` and lets go: what :meth:`run` would do, without doing it."""
         original = self.slots[0].get()
         if original is not None and not isinstance(original, QuantizedTensor):
-            self._pack(original)
+            self.pack(original)
 
     @torch.no_grad()
-    def _pack(self, original: nn.Parameter) -> QuantizedTensor:
+    def pack(self, original: torch.Tensor) -> QuantizedTensor:
+        """``original`` packed; ``done`` hears of it."""
         if self.planes is not None:
             packed = tensor_class(self.scheme, self.transposed)(self.planes, original.shape, original.dtype)
         else:

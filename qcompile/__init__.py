@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import explain, quantize_
+    from .checkpoints.hf import QCompileConfig
     from .checkpoints.load import load
     from .checkpoints.save import save
     from .formats import ROW, Codebook, FormatSpec, Plane, Scheme, register_format, symbols
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
     "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
-    "load": "checkpoints.load", "save": "checkpoints.save",
+    "load": "checkpoints.load", "save": "checkpoints.save", "QCompileConfig": "checkpoints.hf",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
-__all__ = ["ROW", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy", "QuantizedTensor", "Scheme",
-           "explain", "load", "quantize_", "register_format", "restore_", "save", "symbols"]  # fmt: skip
+__all__ = ["ROW", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy", "QCompileConfig",
+           "QuantizedTensor", "Scheme", "explain", "load", "quantize_", "register_format", "restore_", "save",
+           "symbols"]  # fmt: skip
 __version__ = "0.1.0"
 
 

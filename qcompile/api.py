@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .dynamo_errors import as_themselves
 from .options import Options
 from .owners import Owners, unwrapped
 from .passes.convert import Conversion
-from .passes.pipeline import Compilation
+from .passes.trace_ahead import conversions_of
 from .plan import Decision, Record, Site
 from .recorder import Recorder, recorder_of
 from .report import Report
@@ -75,15 +73,4 @@ def _traced(
     model: nn.Module, policy: Any, recorder: Recorder, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[Conversion]:
     """The conversions that the backend would make on one call; the sites left alone are recorded at once."""
-    options = Options.parse({"policy": policy}, None)
-    found: list[Conversion] = []
-
-    def look(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.extend(Compilation(gm, example_inputs, options, recorder).conversions())
-        return gm.forward
-
-    # Each call compiles anew; Dynamo would run the ninth model of one class eagerly, and nothing of it would be found.
-    unlimited = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
-    with as_themselves(), unlimited:
-        torch.compile(unwrapped(model), backend=look)(*args, **kwargs)
-    return found
+    return conversions_of(model, Options.parse({"policy": policy}, None), recorder, args, kwargs)

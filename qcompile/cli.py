@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .errors import QCompileError
 from .formats import REGISTRY, FormatSpec, Plane, activations_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A quantizing backend for torch.compile.")
@@ -38,6 +42,40 @@ def _reach(plane: Plane) -> str:
 def version() -> None:
     """Prints the version."""
     typer.echo(__version__)
+
+
+@app.command()
+def load(
+    path: Annotated[Path, typer.Argument(help="a .gguf file, or a safetensors file or directory")],
+    to: Annotated[Path | None, typer.Option(help="write it there: a directory, or a file .safetensors or .gguf")] = None,
+    layout: Annotated[str | None, typer.Option(help="of --to: compressed-tensors or gptq")] = None,
+    like: Annotated[Path | None, typer.Option(help="a GGUF whose metadata one written with --to takes over")] = None,
+) -> None:
+    """Loads a checkpoint and says what is in it; with --to, converts it."""
+    from .checkpoints.load import load as load_model
+    from .checkpoints.save import save
+    from .tensor import QuantizedTensor
+
+    try:
+        model = load_model(path)
+        table, totals = Table("format", "weights", "parameters", "bytes", title=type(model).__name__), [0, 0]
+        found: dict[str, list[int]] = {}
+        for parameter in model.parameters():
+            packed = isinstance(parameter, QuantizedTensor)
+            name = parameter.scheme.label if packed else str(parameter.dtype).removeprefix("torch.")
+            row = found.setdefault(name, [0, 0, 0])
+            sizes = (1, parameter.numel(), parameter.packed_nbytes if packed else parameter.nbytes)
+            row[:] = [a + b for a, b in zip(row, sizes, strict=True)]
+            totals = [totals[0] + sizes[1], totals[1] + sizes[2]]
+        for name, row in found.items():
+            table.add_row(name, *map(str, row))
+        table.add_row("all", "", *map(str, totals))
+        Console().print(table)
+        if to is not None:
+            Console().print(f"written to {save(model, to, layout=layout, like=like)}")
+    except QCompileError as error:
+        Console(stderr=True).print(str(error), markup=False)
+        raise typer.Exit(1) from error
 
 
 def main() -> None:

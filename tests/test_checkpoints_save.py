@@ -214,7 +214,7 @@ def rel(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     "policy",
-    [{"q_proj": "int4_sym_g64", "k_proj": "int4_sym_g32", "up_proj": "int8", "down_proj": "int8_g64", "gate_proj": "int3_sym_g64"},
+    [{"q_proj": "int4_sym_g64", "k_proj": "int4_sym_g32", "up_proj": "int8", "down_proj": "int8_g64", "o_proj": "int3_sym_g64"},
      {"q_proj": "fp8_e4m3", "k_proj": "fp8_e4m3_tensor", "v_proj": "fp8_e4m3_b128"},
      {"up_proj": "mxfp4"}, {"down_proj": "nvfp4"}],
     ids=["integers", "fp8", "mxfp4", "nvfp4"],
