@@ -52,7 +52,7 @@ def test_packed_while_loading(folder: Path) -> None:
     assert torch.equal(logits(model), logits(wanted))
     ours = {r.decision.site.name: r for r in recorder_of(model).plan if r.decision.scheme is not None}
     theirs = {r.decision.site.name: r for r in report.plan if r.decision.scheme is not None}
-    assert len(ours) == len(theirs) == 16 and ours["lm_head"].decision.scheme == model.lm_head.weight.scheme
+    assert len(ours) == len(theirs) == 16
     for name, record in ours.items():
         if "layers" in name:
             assert (record.sqnr, record.bytes_after) == (theirs[name].sqnr, theirs[name].bytes_after)
