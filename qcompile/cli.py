@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -61,10 +62,11 @@ def load(
         table, totals = Table("format", "weights", "parameters", "bytes", title=type(model).__name__), [0, 0]
         found: dict[str, list[int]] = {}
         for parameter in model.parameters():
-            packed = isinstance(parameter, QuantizedTensor)
-            name = parameter.scheme.label if packed else str(parameter.dtype).removeprefix("torch.")
-            row = found.setdefault(name, [0, 0, 0])
-            sizes = (1, parameter.numel(), parameter.packed_nbytes if packed else parameter.nbytes)
+            value: torch.Tensor = parameter
+            name, size = str(value.dtype).removeprefix("torch."), value.nbytes
+            if isinstance(value, QuantizedTensor):
+                name, size = value.scheme.label, value.packed_nbytes
+            row, sizes = found.setdefault(name, [0, 0, 0]), (1, value.numel(), size)
             row[:] = [a + b for a, b in zip(row, sizes, strict=True)]
             totals = [totals[0] + sizes[1], totals[1] + sizes[2]]
         for name, row in found.items():

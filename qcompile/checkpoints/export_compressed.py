@@ -21,13 +21,13 @@ ACTIVATIONS = {"int8": "int", "fp8": "float"}
 def compressed_layer(name: str, weight: QuantizedTensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(entry of ``config_groups`` without its targets, tensors by the end of their names) of a layer. Raises
     :class:`UnsupportedCheckpointError` naming the layer for a format that compressed-tensors has no equal of."""
-    weight = weight.cpu()
     spec, (n, k) = weight.scheme.format, weight.nk
+    planes = [p.cpu() for p in weight.planes]
     family = integers(spec)
     if family is not None and not family.permuted and not weight.transposed:
-        layout, args, tensors = _integers(family, spec, weight.planes, n, k)
+        layout, args, tensors = _integers(family, spec, planes, n, k)
     elif spec.fingerprint in _FLOATS and not weight.transposed:
-        layout, args, tensors = _FLOATS[spec.fingerprint](spec, weight.planes, n, k)
+        layout, args, tensors = _FLOATS[spec.fingerprint](spec, planes, n, k)
     else:
         raise UnsupportedCheckpointError(f"{name}: compressed-tensors has nothing equal to {spec.name}; it has integers with "
                                          "whole zero points or none ('int4_sym_g128', 'int4_zp_g128', 'int8'), fp8, nvfp4, mxfp4")

@@ -19,8 +19,8 @@ def gptq_layer(name: str, weight: QuantizedTensor) -> tuple[dict[str, Any], dict
     """(what the configuration says of a layer, tensors by the end of their names). Zero points are stored as they are, which is
     the second of GPTQ's layouts. Raises :class:`UnsupportedCheckpointError` naming the layer for a format that is not integers
     with whole zero points, scales that float16 does not hold, and sizes that are not whole words."""
-    weight = weight.cpu()
     spec, (n, k) = weight.scheme.format, weight.nk
+    planes = [p.cpu() for p in weight.planes]
     family = integers(spec)
     if family is None or family.bits not in BITS or weight.transposed:
         raise UnsupportedCheckpointError(f"{name}: GPTQ has nothing equal to {spec.name}; it has 2, 3, 4 or 8 bits with whole "
@@ -29,7 +29,7 @@ def gptq_layer(name: str, weight: QuantizedTensor) -> tuple[dict[str, Any], dict
     groups = -(-k // group)
     if k * bits % 32 or n * bits % 32:
         raise UnsupportedCheckpointError(f"{name}: GPTQ packs {n}×{k} codes of {bits} bits into no whole words")
-    entries = rows_of(spec, weight.planes, 0, n)
+    entries = rows_of(spec, planes, 0, n)
     scale = entries["scale"][:, :groups].float()
     if not torch.equal(scale.half().float(), scale):
         raise UnsupportedCheckpointError(f"{name}: GPTQ's scales are float16, which does not hold those of {spec.name} (from "
@@ -43,7 +43,7 @@ def gptq_layer(name: str, weight: QuantizedTensor) -> tuple[dict[str, Any], dict
         raise UnsupportedCheckpointError(f"{name}: a zero point of {int(zero.max())} has no place in {bits} bits")
     group_of = torch.arange(k, dtype=torch.int32) // group
     if family.permuted:
-        order = weight.planes[-1].long()
+        order = planes[-1].long()
         codes = torch.empty_like(codes).index_copy_(1, order, codes)
         group_of = torch.empty_like(group_of).index_copy_(0, order, group_of)
     tensors = {"qweight": pack_stream(codes, bits).t(), "qzeros": pack_stream(zero.t().contiguous(), bits),

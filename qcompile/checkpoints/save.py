@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import CheckpointError
+from ..formats import Scheme
 from ..owners import unwrapped
 from ..plan import Plan
 from ..recorder import recorder_of
@@ -55,7 +56,8 @@ def save(model: nn.Module, path: str | Path, *, layout: str | None = None, like:
 def flattened(model: nn.Module) -> tuple[dict[str, torch.Tensor], str]:
     """Every parameter and persistent buffer by name, once (planes as ``name.plane``), and the header's entry for them."""
     tensors: dict[str, torch.Tensor] = {}
-    packed, tied = {}, {}
+    packed: dict[str, tuple[Scheme, tuple[int, ...], bool, torch.dtype]] = {}
+    tied: dict[str, str] = {}
     for place in places(model):
         name, *others = place.names
         tied |= dict.fromkeys(others, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from .spec import ROW, FormatSpec, Plane, symbols
@@ -50,7 +51,7 @@ FORMATS = (
     *(zero_point(bits, 128, permuted) for bits in (2, 3, 4, 8) for permuted in (False, True)),
 )  # fmt: skip
 SCALES = ("bf16", "f16", "f32")
-FAMILIES = (
+FAMILIES: tuple[tuple[str, Callable[..., FormatSpec]], ...] = (
     *((rf"int8{_tail(dtype, 'bf16')}_g(?P<group>\d+)", partial(int8, scale=dtype)) for dtype in SCALES),
     (r"int(?P<bits>[2-6])_g(?P<group>\d+)", asymmetric),
     *((rf"int(?P<bits>[2-7])_sym{_tail(dtype, 'bf16')}_g(?P<group>\d+){order}",
