@@ -16,7 +16,8 @@ from ..formats import FormatSpec, Scheme, get
 from ..formats.integer import zero_point
 from .files import Stored, TensorFiles
 from .gptq import SCALE_DTYPES
-from .weight import Checkpoint, Weight, by_layer, finite, pack_rows, part
+from .repack import Codes, Kind, repack_codes
+from .weight import Checkpoint, Weight, by_layer, finite, part
 from .words import unpack_stream
 
 NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -57,12 +58,8 @@ def _layer(name: str, parts: Mapping[str, Stored], group: int) -> Weight:
 def _planes(spec: FormatSpec, qweight: Stored, qzeros: Stored, scales: Stored) -> list[torch.Tensor]:
     words = qweight.read()
     zero, scale = outputs(qzeros.read()).t(), finite(scales.name, scales.read()).t()
-
-    def entries(rows: slice) -> dict[str, torch.Tensor]:
-        codes = outputs(words[:, rows.start // 8 : -(-rows.stop // 8)])
-        return {"q": codes.t(), "scale": scale[rows], "zero": zero[rows]}
-
-    return pack_rows(spec, 8 * words.shape[1], len(words), entries)
+    codes = Codes(Kind.OUTPUTS, words, 8 * words.shape[1], len(words), 4)
+    return repack_codes(spec, codes, {"scale": scale, "zero": zero})
 
 
 def outputs(words: torch.Tensor) -> torch.Tensor:

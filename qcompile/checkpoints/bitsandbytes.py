@@ -16,8 +16,8 @@ from ..errors import CorruptCheckpointError, UnsupportedCheckpointError
 from ..formats import Codebook, Scheme, get
 from ..formats.codebook import FP4, NF4
 from .files import Stored, TensorFiles, parse_json
-from .weight import Checkpoint, Weight, by_layer, finite, pack_rows, part
-from .words import nibbles
+from .repack import Codes, Kind, repack_codes
+from .weight import Checkpoint, Weight, by_layer, finite, part
 
 STATE = "weight.quant_state.bitsandbytes__"
 BOOKS: dict[str, Codebook] = {"nf4": NF4, "fp4": FP4}
@@ -49,8 +49,7 @@ def _int8(name: str, parts: Mapping[str, Stored]) -> Weight:
 
     def planes() -> list[torch.Tensor]:
         scales = (finite(scale.name, scale.read()).to(torch.float32) / 127).unsqueeze(1)
-        codes = weight.read()
-        return pack_rows(spec, n, k, lambda at: {"scale": scales[at], "q": codes[at]})
+        return repack_codes(spec, Codes(Kind.BYTES, weight.read(), n, k, 8), {"scale": scales})
 
     return Weight((n, k), (weight, scale, *((order,) if order is not None else ())), planes, Scheme(spec))
 
@@ -79,7 +78,7 @@ def _four(name: str, parts: Mapping[str, Stored]) -> Weight:
     def planes() -> list[torch.Tensor]:
         scales = finite(absmax.name, _absmax(absmax, more, state)).view(n, k // block)
         codes = weight.read().reshape(-1).view(torch.uint8).view(n, k // 2)
-        return pack_rows(spec, n, k, lambda at: {"absmax": scales[at], "q": nibbles(codes[at], high_first=True)})
+        return repack_codes(spec, Codes(Kind.NIBBLES_HIGH, codes, n, k, 4), {"absmax": scales})
 
     return Weight((n, k), (weight, absmax, table, source, *more), planes, Scheme(spec))
 

@@ -17,7 +17,7 @@ from ..errors import CorruptCheckpointError, UnsupportedCheckpointError
 from .files import Stored, TensorFiles
 from .fp4 import mxfp4_weight, nvfp4_weight
 from .fp8 import fp8_weight
-from .integers import Codes, integer_weight
+from .integers import Integers, integer_weight
 from .weight import Checkpoint, Weight, by_layer, part
 
 LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
@@ -56,7 +56,7 @@ def _layer(name: str, parts: Mapping[str, Stored], bits: list[int]) -> Weight:
         if weight.dtype.is_floating_point:
             return fp8_weight(weight, scale)
         n, k = weight.expect(torch.int8, None, None).shape
-        return integer_weight(Codes(weight, n, k, 8), scale, parts.get("weight_zero_point"), parts.get("weight_g_idx"))
+        return integer_weight(Integers(weight, n, k, 8), scale, parts.get("weight_zero_point"), parts.get("weight_g_idx"))
     packed = parts["weight_packed"]
     if packed.dtype == torch.uint8:
         if "weight_global_scale" in parts:
@@ -67,7 +67,7 @@ def _layer(name: str, parts: Mapping[str, Stored], bits: list[int]) -> Weight:
     return integer_weight(codes, scale, parts.get("weight_zero_point"), parts.get("weight_g_idx"), (shape,))
 
 
-def _packed_codes(packed: Stored, shape: Stored, bits: list[int]) -> Codes:
+def _packed_codes(packed: Stored, shape: Stored, bits: list[int]) -> Integers:
     """Which of the configuration's numbers of bits gives words of that width."""
     shape.expect((torch.int64, torch.int32), 2)
     n, k = shape.read().tolist()
@@ -79,4 +79,4 @@ def _packed_codes(packed: Stored, shape: Stored, bits: list[int]) -> Codes:
     if len(dense) + len(loose) != 1:
         known = " or ".join(map(str, bits)) or "an unknown number of"
         raise CorruptCheckpointError(f"{packed.name}: {list(packed.shape)} does not tell {n}×{k} codes of {known} bits")
-    return Codes(packed, n, k, (dense or loose)[0], bool(dense))
+    return Integers(packed, n, k, (dense or loose)[0], bool(dense))

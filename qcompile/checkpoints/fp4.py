@@ -8,8 +8,8 @@ from ..errors import CorruptCheckpointError
 from ..formats import Scheme, get
 from ..formats.float import E4M3, E8M0
 from .files import Stored
-from .weight import Weight, finite, pack_rows, valid_codes
-from .words import nibbles
+from .repack import Codes, Kind, repack_codes
+from .weight import Weight, finite, valid_codes
 
 
 def nvfp4_weight(packed: Stored, scale: Stored, top: Stored, inverse: bool) -> Weight:
@@ -27,8 +27,7 @@ def nvfp4_weight(packed: Stored, scale: Stored, top: Stored, inverse: bool) -> W
         if inverse:
             factor = finite(top.name, 1 / factor)
         scales = valid_codes(scale.name, scale.read().view(torch.uint8), E4M3)
-        codes = packed.read()
-        return pack_rows(spec, n, 2 * half, lambda at: {"top": factor, "s": scales[at], "q": nibbles(codes[at])})
+        return repack_codes(spec, Codes(Kind.STREAM, packed.read(), n, 2 * half, 4), {"top": factor, "s": scales})
 
     return Weight((n, 2 * half), (packed, scale, top), planes, Scheme(spec))
 
@@ -43,7 +42,6 @@ def mxfp4_weight(packed: Stored, scale: Stored) -> Weight:
 
     def planes() -> list[torch.Tensor]:
         scales = valid_codes(scale.name, scale.read().view(torch.uint8), E8M0)
-        codes = packed.read()
-        return pack_rows(spec, n, 2 * half, lambda at: {"s": scales[at], "q": nibbles(codes[at])})
+        return repack_codes(spec, Codes(Kind.STREAM, packed.read(), n, 2 * half, 4), {"s": scales})
 
     return Weight((n, 2 * half), (packed, scale), planes, Scheme(spec))

@@ -15,7 +15,8 @@ from ..errors import UnsupportedCheckpointError
 from ..formats import Scheme, get
 from ..formats.float import E4M3, E5M2
 from .files import Stored, TensorFiles
-from .weight import Checkpoint, Weight, by_layer, finite, pack_rows, part, valid_codes
+from .repack import Codes, Kind, repack_codes
+from .weight import Checkpoint, Weight, by_layer, finite, not_finite, part
 
 BOOKS = {torch.float8_e4m3fn: ("fp8_e4m3", E4M3), torch.float8_e5m2: ("fp8_e5m2", E5M2)}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
@@ -51,16 +52,10 @@ def fp8_weight(weight: Stored, scale: Stored) -> Weight:
                                          f"{BLOCK}×{BLOCK} are read")  # fmt: skip
     scale.expect(FLOATS, *scale.shape)
     spec = get(base + tail)
-    rows = spec.scales[0].rows
 
     def planes() -> list[torch.Tensor]:
         scales = finite(scale.name, scale.read().to(torch.float32)).reshape(shape)
-        codes = weight.read().view(torch.uint8)
-
-        def entries(at: slice) -> dict[str, torch.Tensor]:
-            mine = slice(at.start // rows, -(-at.stop // rows)) if rows else slice(None)
-            return {"scale": scales[mine], "q": valid_codes(weight.name, codes[at], book)}
-
-        return pack_rows(spec, n, k, entries)
+        codes = Codes(Kind.BYTES, weight.read().view(torch.uint8), n, k, 8)
+        return repack_codes(spec, codes, {"scale": scales}, finite=(weight.name, not_finite(book)))
 
     return Weight((n, k), (weight, scale), planes, Scheme(spec))

@@ -12,9 +12,10 @@ from torch import nn
 
 from ..errors import CheckpointError, CorruptCheckpointError, MissingTensorError, UnsupportedCheckpointError
 from ..formats import Scheme, find
-from .gguf_blocks import BLOCKS, from_blocks
+from .gguf_blocks import BLOCKS
 from .gguf_header import FLOATS, Header, Tensor, read_header
 from .gguf_models import Architecture, architecture_of, config_of, gguf_names, to_halves
+from .repack import repack_blocks
 from .weight import Checkpoint, Weight, finite_planes
 
 ROPE = "rope_freqs.weight"
@@ -85,7 +86,8 @@ def _weight(tensor: Tensor, architecture: Architecture, config: dict[str, Any]) 
 
     def planes() -> list[torch.Tensor]:
         data = tensor.stored.read()
-        return finite_planes(tensor.name, spec, from_blocks(tensor.type, data if heads is None else to_halves(data, heads), n, k))
+        data = data if heads is None else to_halves(data, heads)
+        return finite_planes(tensor.name, spec, repack_blocks(tensor.type, data, n, k))
 
     return Weight((n, k), (tensor.stored,), planes, Scheme(spec))
 

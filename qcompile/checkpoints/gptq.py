@@ -17,7 +17,8 @@ from ..errors import CorruptCheckpointError, UnsupportedCheckpointError
 from ..formats import FormatSpec, Scheme, get
 from ..formats.integer import zero_point
 from .files import Stored, TensorFiles
-from .weight import Checkpoint, Weight, by_layer, finite, pack_rows, part
+from .repack import Codes, Kind, repack_codes
+from .weight import Checkpoint, Weight, by_layer, finite, part
 from .words import unpack_stream
 
 BITS = (2, 3, 4, 8)
@@ -102,14 +103,6 @@ def _zeros(qzeros: Stored, bits: int, plus: int) -> torch.Tensor:
 def _planes(
     spec: FormatSpec, qweight: Stored, scales: Stored, zeros: torch.Tensor, columns: torch.Tensor | None, bits: int
 ) -> list[torch.Tensor]:
-    words, scale, zero = qweight.read(), finite(scales.name, scales.read()).t(), zeros.t()
+    words, scale = qweight.read(), finite(scales.name, scales.read()).t()
     n, k = words.shape[1], 32 * words.shape[0] // bits
-    order = columns.long() if columns is not None else None
-
-    def entries(rows: slice) -> dict[str, torch.Tensor]:
-        codes = unpack_stream(words[:, rows].t(), bits)
-        codes = codes if order is None else codes.index_select(1, order)
-        return {"q": codes, "scale": scale[rows], "zero": zero[rows]}
-
-    planes = pack_rows(spec, n, k, entries)
-    return planes if columns is None else [*planes, columns]
+    return repack_codes(spec, Codes(Kind.COLUMNS, words, n, k, bits, order=columns), {"scale": scale, "zero": zeros.t()})

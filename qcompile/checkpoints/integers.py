@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,13 +11,14 @@ from ..formats import FormatSpec, Scheme, get
 from ..formats.integer import int8, symmetric, zero_point
 from .files import Stored
 from .gptq import SCALE_DTYPES, columns_of
-from .weight import Weight, finite, pack_rows
+from .repack import Codes, Kind, repack_codes
+from .weight import Weight, finite
 from .words import unpack_padded, unpack_stream
 
 
 @dataclass(frozen=True)
-class Codes:
-    """The codes of an N×K weight: int8, or packed into words of which ``dense`` ones have no unused bits."""
+class Integers:
+    """The codes of an N×K weight: int8, or words of unsigned ones with 2^(bits−1) added, without unused bits if ``dense``."""
 
     stored: Stored
     n: int
@@ -25,19 +26,19 @@ class Codes:
     bits: int
     dense: bool = True
 
-    def rows(self, at: slice) -> torch.Tensor:
-        """uint8 ``[rows, K]``, 2^(bits−1) added."""
-        data = self.stored.read()[at]
-        if self.stored.dtype == torch.int8:
-            codes = data.view(torch.uint8) + 2 ** (self.bits - 1)
-            if self.bits < 8 and bool((codes >= 2**self.bits).any()):
-                raise CorruptCheckpointError(f"{self.stored.name}: codes outside of {self.bits} bits")
-            return codes
-        return (unpack_stream(data, self.bits) if self.dense else unpack_padded(data, self.bits, self.k))[:, : self.k]
+    def read(self, signed: bool) -> Codes:
+        """For a plane of ``signed`` bytes or of unsigned codes. Raises :class:`CorruptCheckpointError` for int8 that do not
+        fit into ``bits``."""
+        data, half = self.stored.read(), 2 ** (self.bits - 1)
+        if data.dtype != torch.int8:
+            return Codes(Kind.STREAM if self.dense else Kind.PADDED, data, self.n, self.k, self.bits, 128 if signed else 0)
+        if self.bits < 8 and data.numel() and not -half <= int(data.min()) <= int(data.max()) < half:
+            raise CorruptCheckpointError(f"{self.stored.name}: codes outside of {self.bits} bits")
+        return Codes(Kind.BYTES, data, self.n, self.k, self.bits, 0 if signed else half)
 
 
 def integer_weight(
-    codes: Codes, scale: Stored, zero: Stored | None = None, order: Stored | None = None, more: tuple[Stored, ...] = ()
+    codes: Integers, scale: Stored, zero: Stored | None = None, order: Stored | None = None, more: tuple[Stored, ...] = ()
 ) -> Weight:
     """weight = ``scale`` · (code − ``zero``): ``scale`` [N, G], [N, 1] or [1], ``zero`` int8 of that shape, or packed int32
     along N; ``order`` int32 [K] is the group of each column. ``more``: further tensors that were used."""
@@ -86,19 +87,9 @@ def _zeros(zero: Stored, n: int, groups: int, bits: int) -> torch.Tensor:
 
 
 def _planes(
-    spec: FormatSpec, codes: Codes, scale: Stored, zeros: torch.Tensor | None, columns: torch.Tensor | None
+    spec: FormatSpec, codes: Integers, scale: Stored, zeros: torch.Tensor | None, columns: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    dtype = spec.scales[0].entry_dtype
-    scales = finite(scale.name, scale.read()).to(dtype)
+    scales = finite(scale.name, scale.read()).to(spec.scales[0].entry_dtype)
     scales = scales.reshape(1, 1).expand(codes.n, 1) if scales.numel() == 1 else scales
-    signed = spec.code.dtype == "i8"
-    order = columns.long() if columns is not None else None
-
-    def entries(at: slice) -> dict[str, torch.Tensor]:
-        found = codes.rows(at)
-        found = found if order is None else found.index_select(1, order)
-        planes = {"q": (found ^ 128).view(torch.int8) if signed else found, "scale": scales[at]}
-        return planes if zeros is None else planes | {"zero": zeros[at]}
-
-    planes = pack_rows(spec, codes.n, codes.k, entries)
-    return planes if columns is None else [*planes, columns]
+    found = replace(codes.read(spec.code.dtype == "i8"), order=columns)
+    return repack_codes(spec, found, {"scale": scales} | ({} if zeros is None else {"zero": zeros}))

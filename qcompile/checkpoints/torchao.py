@@ -12,7 +12,7 @@ from ..errors import CorruptCheckpointError, UnsupportedCheckpointError
 from .files import Stored, TensorFiles, parse_json
 from .fp4 import mxfp4_weight, nvfp4_weight
 from .fp8 import fp8_weight
-from .integers import Codes, integer_weight
+from .integers import Integers, integer_weight
 from .weight import Checkpoint, Weight, part, plain
 
 NAMES = "tensor_names"
@@ -79,8 +79,8 @@ def _weight(name: str, kind: str, data: Mapping[str, Any], parts: Mapping[str, S
     n, k = codes.expect(torch.int8, None, None).shape
     zero = parts.get("zero_point")
     if zero is not None and zero.dtype == torch.int8 and not bool(zero.read().any()):
-        return integer_weight(Codes(codes, n, k, bits), scale, more=(zero,))
-    return integer_weight(Codes(codes, n, k, bits), scale, zero)
+        return integer_weight(Integers(codes, n, k, bits), scale, more=(zero,))
+    return integer_weight(Integers(codes, n, k, bits), scale, zero)
 
 
 def _dtype(value: Any) -> str:

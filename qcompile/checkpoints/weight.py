@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
 import torch
 
-from ..errors import CorruptCheckpointError, LayoutError
+from ..errors import CorruptCheckpointError
 from ..formats import Codebook, FormatSpec, Plane, Scheme
-from ..formats.layout import by_plane, pack_plane, unpack_plane
-from ..formats.reference import CHUNK_ELEMENTS, tile_rows
+from ..formats.layout import by_plane, unpack_plane
+from ..formats.reference import tile_rows
 from .files import Stored, TensorFiles
-
-Entries = Mapping[str, torch.Tensor]
-"""Entries of planes by name: ``[rows, entries along K]``."""
 
 
 @dataclass(frozen=True)
@@ -115,30 +113,6 @@ def part(layer: str, parts: Mapping[str, Stored], end: str) -> Stored:
     return parts[end]
 
 
-def pack_rows(spec: FormatSpec, n: int, k: int, entries: Callable[[slice], Entries]) -> list[torch.Tensor]:
-    """The stored planes of an N×K weight, ``order`` left out, from the entries of rows; a chunk of rows at a time, so that
-    working memory is a few megabytes."""
-    stored = [torch.empty(spec.part_shape(p, n, k), dtype=p.dtype) for p in spec.parts]
-    step = max(1, CHUNK_ELEMENTS // max(k, 1) // spec.row_multiple) * spec.row_multiple
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        got, count = entries(rows), rows.stop - start
-        _check_entries(spec, got, count, k)
-        parts = [part for p in spec.planes for part in pack_plane(spec, p, got[p.name], count, k)]
-        for whole, chunk in zip(tile_rows(spec, stored, start, count), parts, strict=True):
-            whole.copy_(chunk)
-    return stored
-
-
-def _check_entries(spec: FormatSpec, entries: Entries, n: int, k: int) -> None:
-    """Packing fills up what is missing, which must never hide that a reader found too little."""
-    for plane in spec.planes:
-        rows, along = spec.entry_shape(plane, n, k)[0], -(-k // plane.per) if plane.per else 1
-        found = entries[plane.name].shape
-        if found[0] != rows or found[1] < along:
-            raise LayoutError(f"plane {plane.name!r} of {spec.name} needs [{rows}, {along}] entries, found {list(found)}")
-
-
 def rows_of(spec: FormatSpec, planes: Sequence[torch.Tensor], start: int, count: int) -> dict[str, torch.Tensor]:
     """The inverse: entries of rows ``start`` … (a multiple of 16), repeated where rows share them."""
     grouped = by_plane(spec, tile_rows(spec, planes, start, count))
@@ -168,11 +142,14 @@ def _book_of(spec: FormatSpec, plane: Plane) -> Codebook | None:
     return spec.codebook(calls[0].func.__name__) if calls else None
 
 
+def not_finite(book: Codebook) -> tuple[int, ...]:
+    """The codes that ``book`` has no finite value for."""
+    return tuple(code for code, value in enumerate(book.values) if not math.isfinite(value))
+
+
 def valid_codes(name: str, codes: torch.Tensor, book: Codebook) -> torch.Tensor:
     """``codes`` (bytes), if ``book`` has a finite value for each. Raises :class:`CorruptCheckpointError` naming the tensor."""
-    table = torch.tensor(book.values)
-    bad = (~torch.isfinite(table)).nonzero().flatten().tolist()
     raw = codes.view(torch.uint8)
-    if any((raw == code).any() for code in bad):
+    if any((raw == code).any() for code in not_finite(book)):
         raise CorruptCheckpointError(f"{name}: has {book.name} codes that are NaN or infinite; the file is damaged")
     return codes

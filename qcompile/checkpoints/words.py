@@ -39,13 +39,7 @@ def unpack_padded(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(1)[:, :count]
 
 
-def nibbles(data: torch.Tensor, high_first: bool = False) -> torch.Tensor:
-    """uint8 ``[rows, bytes]`` → codes of 4 bits ``[rows, 2 · bytes]``."""
-    pair = (data >> 4, data & 15) if high_first else (data & 15, data >> 4)
-    return torch.stack(pair, -1).flatten(1)
-
-
 def from_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`nibbles`, the first in the lower half."""
+    """Codes of 4 bits ``[rows, K]`` → uint8 ``[rows, K/2]``, the first of each two in the lower half."""
     pair = codes.unflatten(1, (-1, 2))
     return pair[..., 0] | pair[..., 1] << 4
