@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 
@@ -48,7 +49,7 @@ class Conversion:
         if original is None or isinstance(original, QuantizedTensor):
             return
         try:
-            parameter = self._pack(original)
+            parameter = self.pack(original)
         except WeightError as error:
             if self.failed is None:
                 raise
@@ -64,9 +65,10 @@ class Conversion:
         no values to measure."""
         original = self.slots[0].get()
         if original is not None and not isinstance(original, QuantizedTensor) and not original.is_meta:
-            self._pack(original)
+            self.pack(original)
 
-    def _pack(self, original: nn.Parameter) -> nn.Parameter:
+    def pack(self, original: torch.Tensor) -> nn.Parameter:
+        """``original`` packed; ``done`` hears of it."""
         made = self.packed or packed(original, self.scheme.format, transposed=self.transposed, layer=self.layer)
         if self.traced is None:
             parameter = as_parameter(made.tensor(self.scheme, self.transposed, original.shape, original.dtype))

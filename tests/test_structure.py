@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "target", "names", "logs", "variables"},
     {"store", "formats", "artifacts", "autoload"},
     {"codegen"},
-    {"kernels", "checkpoints", "doctor"},
+    {"kernels", "doctor"},
     {"ops"},
     {"inductor"},
     {"tensor", "tensor_ops", "kv_cache"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"repro"},
     {"comparison"},
     {"suggestion"},
-    {"passes"},
+    {"passes", "checkpoints"},
     {"api", "warm", "cli_cache", "cli", "cli_debug", "bisection"},
     {"backend"},
 ]
