@@ -14,18 +14,24 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .codegen import cpp, cpp_attention, cpp_build, cpp_call
+from .codegen import cpp, cpp_attention, cpp_build, cpp_call, triton, triton_attend_prefill
 from .codegen.kept import parts_of
+from .codegen.triton_attention import TritonAttention
 from .errors import FormatError, LayoutError, UnknownFormatError
 from .formats import find, scheme_of
 from .formats.layout import check_planes
 from .store.entry import FILES, Entry
 
 GENERATORS: dict[str, Callable[..., str]] = {
-    "cpp": cpp.source,
-    "cpp attention": lambda keys, values: cpp_attention.source(keys.format, values.format),
+    "cpp": lambda key: cpp.source(scheme_of(key)),
+    "cpp attention": lambda keys, values: cpp_attention.source(scheme_of(keys).format, scheme_of(values).format),
+    "triton": lambda key: triton.source(scheme_of(key)),
+    "triton by bits": lambda key: triton.source(scheme_of(key), permutes=False),
+    "triton attention": lambda keys, values: TritonAttention(scheme_of(keys), scheme_of(values)).readers(),
+    "triton cache": lambda keys, values: TritonAttention(scheme_of(keys), scheme_of(values)).writers(),
+    "triton prefill": triton_attend_prefill.source,
 }
-"""What generates the sources of a language from schemes; others are taken with trust alone."""
+"""What generates the sources of a language from the keys of schemes; others are taken with trust alone."""
 
 
 class Verified:
@@ -66,6 +72,9 @@ class Verified:
         names = _json(folder, "calibration")
         return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
+    def _tile(self, entry: Entry, folder: Path) -> bool:
+        return _json(folder, "tile") == {"spills": True}
+
     def _source(self, entry: Entry, folder: Path) -> bool:
         language, schemes = entry.parts.get("language"), entry.parts.get("schemes")
         generate = GENERATORS.get(language) if isinstance(language, str) else None
@@ -74,8 +83,8 @@ class Verified:
         if dict(entry.parts) != parts_of(str(language), tuple(schemes)):
             return False  # made by another version, which would not find it here either
         try:
-            text = generate(*map(scheme_of, schemes))
-        except (UnknownFormatError, FormatError, TypeError):
+            text = generate(*schemes)
+        except (UnknownFormatError, FormatError, TypeError, KeyError):
             return False
         self._texts[hashlib.sha256(text.encode()).hexdigest()] = text
         return (folder / FILES["source"][0]).read_text(encoding="utf-8", errors="replace") == text

@@ -19,12 +19,14 @@ from typer.testing import CliRunner
 from qcompile.cli import app
 from qcompile.codegen import cpp_build
 from qcompile.codegen.cpp import CpuKernels
+from qcompile.codegen.triton import TritonKernels
 from qcompile.errors import CacheError
 from qcompile.formats import REGISTRY, Scheme
 from qcompile.packing import packed
 from qcompile.store import COUNTS, Store, key_of, the_store
 from qcompile.store.bundle import export, load
 from qcompile.store.entry import FILES, MANIFEST, Entry
+from qcompile.target import Target
 
 SPEC = REGISTRY["int8"]
 
@@ -35,6 +37,8 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path / "one"))
     packed(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), SPEC, rounding=["gptq", "x"])
     CpuKernels(Scheme(SPEC))
+    kernels = TritonKernels(Scheme(SPEC))
+    kernels.note_spills(kernels.variant(64, torch.bfloat16, Target("cuda", "90")), 90)
     for kind, content in (("plan", [["a.weight", Scheme(SPEC).key, False]]), ("calibration", ["a"])):
         with the_store().making(kind, {"root": "R", "module": "", "frame": "f", "policy": "p", "formats": {}}) as slot:
             slot.put(lambda folder, k=kind, c=content: (folder / FILES[k][0]).write_text(json.dumps(c)))  # type: ignore[misc]
@@ -57,6 +61,7 @@ def kinds(store: Store) -> list[str]:
 def test_the_commands(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = call("list")
     assert "float32 32×64 as int8, gptq" in text and "cpp: int8" in text and "R  f: p" in text and "GPTQ of 0 weights" in text
+    assert "int8 spills on sm_90: 64 rows" in text and "triton: int8" in text
     assert str(the_store().root) in call("info") and "of 50.0 GB" in call("info")
     number = len(kinds(the_store()))
     assert f"{number} of {number} entries are whole" in call("verify")
@@ -79,8 +84,8 @@ def test_code_is_taken_only_where_it_is_what_this_installation_makes(full: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path / "two"))
     text = call("import", full)
-    assert "4 entries taken" in text and "libraries compiled" in text
-    assert sorted(set(kinds(the_store()))) == ["calibration", "library", "packed", "plan", "source"]
+    assert "6 entries taken" in text and "libraries compiled" in text
+    assert sorted(set(kinds(the_store()))) == sorted(FILES)
     COUNTS.clear()
     CpuKernels(Scheme(SPEC))
     assert COUNTS["generated"] == COUNTS["compiled"] == 0 and COUNTS["source read"] == 1 and COUNTS["library read"] >= 1
@@ -102,8 +107,11 @@ def test_changed_code_is_left_and_with_trust_it_is_taken(full: Path, tmp_path: P
     assert f"{len(kinds(store))} entries taken" in call("import", tmp_path / "evil.tar", "--trust")
 
 
-@pytest.mark.parametrize("kind,content", [("packed", b"no safetensors"), ("plan", b'[["a", 1, false]]'), ("plan", b"[" * 10**5),
-                                          ("calibration", b'{"a": 1}')])  # fmt: skip
+UNREADABLE = [("packed", b"no safetensors"), ("tile", b"[]"), ("plan", b'[["a", 1, false]]'), ("plan", b"[" * 10**5),
+              ("calibration", b'{"a": 1}')]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind,content", UNREADABLE)
 def test_data_that_cannot_be_read_is_left(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str,
                                           content: bytes) -> None:  # fmt: skip
     store = Store(tmp_path / "evil", 10**9)

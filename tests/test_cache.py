@@ -22,10 +22,13 @@ from qcompile import packing
 from qcompile.backend import listen
 from qcompile.codegen import cpp_build
 from qcompile.codegen.cpp import CpuKernels
+from qcompile.codegen.tiles import smaller
+from qcompile.codegen.triton import TritonKernels
 from qcompile.errors import FingerprintError
 from qcompile.formats import REGISTRY, FormatSpec, Plane, Scheme, symbols
 from qcompile.packing import digest, packed
 from qcompile.store import COUNTS, the_store
+from qcompile.target import Target
 from qcompile.tensor import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "one_thread")
@@ -342,6 +345,19 @@ def test_nothing_kept_is_still_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCOMPILE_CACHE_SIZE", "0")
     first = run(Model())
     assert torch.equal(run(Model()), first) and made()["quantized"] == 2 and traces() == 2
+
+
+def test_a_tile_that_spilled_is_not_tried_again() -> None:
+    scheme, target = Scheme(REGISTRY["int4_g128"]), Target("cuda", "90")
+    first = TritonKernels(scheme)
+    chosen = first.variant(64, torch.bfloat16, target)
+    assert first.fitting(chosen, 90) == chosen
+    first.note_spills(chosen, 90)
+    fitting = first.fitting(chosen, 90)
+    assert fitting.tile == smaller(chosen.tile) and COUNTS["tuned"] == 1
+    later = TritonKernels(scheme)
+    assert later.fitting(chosen, 90) == fitting and COUNTS["tuned"] == 1 and COUNTS["tile read"] == 1
+    assert TritonKernels(scheme).fitting(chosen, 80) == chosen  # another GPU
 
 
 def test_eviction_during_use_is_a_miss() -> None:

@@ -88,13 +88,12 @@ def test_code_version_follows_every_source(tmp_path: Path, monkeypatch: pytest.M
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("name", [FILE, MANIFEST])
+@pytest.mark.parametrize("kind,name", [(kind, name) for kind, names in FILES.items() for name in (*names, MANIFEST)])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove", "append", "link", "folder"])
-@pytest.mark.parametrize("kind", FILES)
 def test_a_damaged_entry_is_put_aside_and_made_again(store: Store, kind: str, name: str, damage: str) -> None:
     folder = made(store, "text " * 20, kind=kind)
     assert folder is not None
-    path = folder / (name if name == MANIFEST else FILES[kind][-1])
+    path = folder / name
     data = path.read_bytes()
     at = random.Random(damage + kind).randrange(len(data))
     path.unlink()

@@ -37,7 +37,8 @@ def triton_prefill(kind: str) -> TritonPrefill:
     return TritonPrefill(kind)
 
 
-def _source(kind: str) -> str:
+def source(kind: str) -> str:
+    """The text of the kernels of ``kind`` "fp8" or "int8"."""
     kernels = [text.sums(f"sums_{kind}"), text.quantize(kind, f"quantize_{kind}"), text.fresh(kind, f"fresh_{kind}")]
     tag = content_hash("".join(kernels))[:8]
     return module(f"{kind} attention", [k.replace(f"_{kind}(", f"_{kind}_{tag}(", 1) for k in kernels], False)
@@ -56,7 +57,7 @@ class TritonPrefill:
     @functools.cached_property
     def sources(self) -> dict[str, str]:
         """The text of the kernels of each variant."""
-        return {kind: kept_source("triton prefill", (kind,), functools.partial(_source, kind)) for kind in ("fp8", "int8")}
+        return {kind: kept_source("triton prefill", (kind,), functools.partial(source, kind)) for kind in ("fp8", "int8")}
 
     def module(self, variant: str) -> ModuleType:
         return load(self.sources[variant])

@@ -58,14 +58,15 @@ class TritonAttention:
     @functools.cached_property
     def source(self) -> str:
         """The text of the kernels that read packed planes."""
-        return kept_source(f"triton attention{'' if self.permutes else ' by bits'}", self.scheme_keys, self._readers)
+        return kept_source(f"triton attention{'' if self.permutes else ' by bits'}", self.scheme_keys, self.readers)
 
     @functools.cached_property
     def store_source(self) -> str:
         """The text of the kernel that writes them. Raises :class:`~qcompile.errors.FormatError` where scales need a search."""
-        return kept_source("triton cache", self.scheme_keys, self._writers)
+        return kept_source("triton cache", self.scheme_keys, self.writers)
 
-    def _readers(self) -> str:
+    def readers(self) -> str:
+        """:attr:`source`, printed anew."""
         tags = [content_hash(s.fingerprint)[:8] for s in self.formats]
         pair = Pair(*self.printers, f"keys_{tags[0]}", f"values_{tags[1]}")
         kernels = [reader(pair.keys, pair.read_keys, False), reader(pair.values, pair.read_values, True),
@@ -73,7 +74,8 @@ class TritonAttention:
                    merge(f"merge_{self.tag}")]  # fmt: skip
         return module(self.label, kernels, any(p.imports for p in self.printers))
 
-    def _writers(self) -> str:
+    def writers(self) -> str:
+        """:attr:`store_source`, printed anew."""
         names = {s: f"store_{content_hash(s.fingerprint)[:8]}" for s in self.formats}
         kernels = [storer(s, name) for s, name in names.items()]
         kernels.append(store(*self.formats, f"write_{self.tag}", *(names[s] for s in self.formats)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-MADE = {"packed": "quantized", "source": "generated", "library": "compiled", "calibration": "calibrated", "plan": "planned"}
+MADE = {"packed": "quantized", "source": "generated", "library": "compiled", "calibration": "calibrated", "plan": "planned",
+        "tile": "tuned"}  # fmt: skip
 """What making an entry of each kind is called."""
 
 COUNTS: Counter[str] = Counter()

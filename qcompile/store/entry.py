@@ -20,6 +20,7 @@ FILES = {
     "library": ("library.so", "source.cpp"),
     "calibration": ("rounded.json",),
     "plan": ("plan.json",),
+    "tile": ("tile.json",),
 }
 """The files of each kind of entry; sources before the libraries that are compiled from them."""
 
