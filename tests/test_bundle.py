@@ -268,7 +268,7 @@ print(json.dumps([dict(COUNTS), len(compilation_time_metrics["bytecode_tracing"]
 def test_flags_of_a_bundle_do_not_reach_the_compiler(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "evil", 10**9)
     entry = next(e for _, e in the_store().entries() if isinstance(e, Entry) and e.kind == "library")
-    source = next(e for _, e in the_store().entries() if isinstance(e, Entry) and e.kind == "source")
+    source = next(e for _, e in the_store().entries() if isinstance(e, Entry) and e.parts.get("language") == "cpp")
     text = CpuKernels(Scheme(SPEC)).source
     store.keep("source", source.parts, lambda to: (to / "source.txt").write_text(text))
     parts = dict(entry.parts) | {"flags": ["-fplugin=/tmp/evil.so"], "source": hashlib.sha256(text.encode()).hexdigest()}
