@@ -135,7 +135,7 @@ def _sites_of(weight: Node, graph: Graph, qualified: dict[Node, str | None], rol
                 whole,
                 name=name,
                 operator=operator,
-                roles=frozenset().union(*(roles.get(u.node, set()) for u in group)),
+                roles=frozenset().union(*(u.roles | roles.get(u.node, set()) for u in group)),
                 node=group[0].node.name,
                 shape=whole.shape[::-1] if transposed and len(whole.shape) == 2 else whole.shape,
                 transposed=transposed,

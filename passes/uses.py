@@ -8,20 +8,24 @@ from torch.fx import Node
 
 from .sites import Graph
 from .trace import Operand, ancestors, folds, op_name, operand
-from .vocabulary import MULTIPLIES, SHAPE_QUERIES, WEIGHT_OPERANDS
+from .vocabulary import MULTI_HEAD, MULTI_HEAD_WEIGHTS, MULTIPLIES, SHAPE_QUERIES, WEIGHT_OPERANDS
+
+ADDED_ROWS = ((7, "bias_k"), (8, "bias_v"), (9, "add_zero_attn"), (21, "static_k"), (22, "static_v"))
+"""Arguments of attention with its projections inside that packed projections do not support."""
 
 
 @dataclass(frozen=True)
 class Use:
     """One use of a weight: the consuming ``node``, its site's ``operator``, whether the parameter is
-    ``transposed`` against [N, K], the ``problem`` that rules it out, and the ``product`` that a node which only changes the
-    weight serves."""
+    ``transposed`` against [N, K], the ``problem`` that rules it out, the ``product`` that a node which only changes the
+    weight serves, and the ``roles`` that the operator itself tells."""
 
     node: Node
     operator: str
     transposed: bool = False
     problem: str | None = None
     product: Node | None = None
+    roles: frozenset[str] = frozenset()
 
 
 def uses_of(weight: Node, graph: Graph, value: Node | None = None) -> list[Use]:
@@ -59,7 +63,21 @@ def _use(node: Node, value: Node, weight: Node, graph: Graph) -> Use:
     if source is not None and source.parameter is weight and right is value:
         problem = _problem(node, value, graph.inputs.parameters[weight].dim())
         return Use(node, site_operator(node), is_transposed(name, source), problem)
+    if name == MULTI_HEAD and (taken := [(w, r) for w, r in MULTI_HEAD_WEIGHTS.items() if operand(node, *w) is value]):
+        return _multi_head(node, *taken[0])
     return _other_use(node, name, weight, graph)
+
+
+def _multi_head(node: Node, weight: tuple[int, str], roles: tuple[str, ...]) -> Use:
+    """The use as one of the projections inside attention. Queries, keys and values of one input are one product by the whole
+    weight; of several inputs, products by slices of it."""
+    inputs = {operand(node, i, word) for i, word in enumerate(("query", "key", "value"))}
+    problem = None
+    if weight[1] == "in_proj_weight" and len(inputs) > 1:
+        problem = f"{MULTI_HEAD} ({node.name}) multiplies different inputs by slices of the weight"
+    elif any(operand(node, *argument) not in (None, False) for argument in ADDED_ROWS):
+        problem = f"{MULTI_HEAD} ({node.name}) adds rows to keys and values"
+    return Use(node, "linear", problem=problem, roles=frozenset(roles))
 
 
 def _problem(node: Node, value: Node, dims: int) -> str | None:

@@ -10,11 +10,23 @@ WEIGHT_OPERANDS = {
 }
 """Operators with a 2-D weight on the right: positions and keyword names of the input and of the weight."""
 
+MULTI_HEAD = "multi_head_attention_forward"
+"""Attention with its projections inside: ``F.multi_head_attention_forward``, which ``nn.MultiheadAttention`` calls."""
+
+MULTI_HEAD_WEIGHTS: dict[tuple[int, str], tuple[str, ...]] = {
+    (5, "in_proj_weight"): ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    (11, "out_proj_weight"): ("attention.o_proj",),
+    (18, "q_proj_weight"): ("attention.q_proj",),
+    (19, "k_proj_weight"): ("attention.k_proj",),
+    (20, "v_proj_weight"): ("attention.v_proj",),
+}
+"""Its weights by position and keyword, each that of a linear layer, and their roles."""
+
 PRODUCTS = {"matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2), "einsum": (1, 2)}
 """Operators that multiply two activations (scores, weighted values): positions of the factors."""
 
 MULTIPLIES = frozenset(
-    "bmm baddbmm einsum bilinear multi_head_attention_forward _native_multi_head_attention "
+    "bmm baddbmm einsum bilinear _native_multi_head_attention "
     "_transformer_encoder_layer_fwd".split()
 )
 """Operators that multiply by a weight as no kernel of ours does yet (as do grouped products of experts): they

@@ -19,10 +19,11 @@ from .errors import UnsupportedOnTensorError
 from .formats import ALL, ROW, Plane, reference
 from .formats.layout import by_plane, pack_plane, unpack_plane
 from .formats.spec import TILE_N
+from .multihead import multi_head
 from .tensor import QuantizedTensor, tensor_class
 
 aten = torch.ops.aten
-FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+FUNCTIONS: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head}
 """``__torch_function__``: functions that must be seen before PyTorch decomposes them."""
 ATEN: dict[Any, Callable[..., Any]] = {}
 """``__torch_dispatch__``: ATen operators."""

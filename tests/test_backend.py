@@ -445,3 +445,28 @@ def test_models_without_values_are_explained(fresh_dynamo: None) -> None:
     report = qcompile.explain(model, torch.ones(4, 256, device="meta"), policy="int4", measure=True)
     assert [r.sqnr for r in report.plan] == [None, None] and report.times == {}
     assert report.plan.totals().quantized == 2 and report.plan.totals().flops == 2 * 2 * 4 * 256 * 512
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_projections_inside_multi_head_attention_are_packed(fresh_dynamo: None, batch_first: bool, fast: bool) -> None:
+    policy = {"attention.q_proj": "int8", "attention.o_proj": "int8"}
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(32, 4, batch_first=batch_first, bias=fast)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attend(x, x, x, need_weights=not fast)[0]
+
+    torch.manual_seed(0)
+    model, x = Block().eval(), torch.randn(3, 7, 32)
+    want = model(x)
+    compiled = torch.compile(model, backend="qcompile", options={"policy": policy})
+    got = compiled(x)
+    assert packed_names(model) == ["attend.in_proj_weight", "attend.out_proj.weight"]
+    assert 0 < (got - want).norm() < 0.03 * want.norm()
+    torch.testing.assert_close(model(x), got, rtol=1e-4, atol=1e-5)  # eager, on the packed weights
+    roles = {r.decision.site.name: set(r.decision.site.roles) for r in recorder_of(model).plan if r.decision.site.is_linear}
+    assert roles == {"attend.in_proj_weight": {f"attention.{c}_proj" for c in "qkv"}, "attend.out_proj": {"attention.o_proj"}}

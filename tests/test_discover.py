@@ -121,7 +121,8 @@ class Odd(nn.Module):
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
         self.conv = nn.Conv1d(3, 3, 3)
         self.table = nn.Embedding(7, 16, max_norm=1.0)
-        self.mha = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.mha, self.crossed = (nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2))
+        self.longer = nn.MultiheadAttention(16, 2, batch_first=True, add_bias_kv=True)
         self.experts = nn.Parameter(torch.zeros(2, 16, 8))
 
     def forward(self, x: torch.Tensor, i: torch.Tensor) -> list[torch.Tensor]:
@@ -139,6 +140,8 @@ class Odd(nn.Module):
             self.conv(x),
             self.table(i),
             self.mha(x, x, x)[0],
+            self.crossed(x, x + 1, x + 1)[0],
+            self.longer(x, x, x)[0],
             torch.bmm(x.expand(2, -1, -1), self.experts),
             F.linear(x, x[0]),
             x @ x.mT,
@@ -161,13 +164,20 @@ def test_weights_that_cannot_be_packed_say_why() -> None:
         ("einsummed", "matmul"): "einsum",
         ("conv", "other"): "conv1d",
         ("table", "embedding"): "max_norm",
-        ("mha.in_proj_weight", "matmul"): "multi_head_attention_forward",
-        ("mha.out_proj", "matmul"): "multi_head_attention_forward",
+        ("mha.in_proj_weight", "linear"): "",
+        ("mha.out_proj", "linear"): "",
+        ("crossed.in_proj_weight", "linear"): "different inputs by slices",
+        ("crossed.out_proj", "linear"): "",
+        ("longer.in_proj_weight", "linear"): "adds rows",
+        ("longer.out_proj", "linear"): "adds rows",
+        ("longer.bias_k", "other"): "multi_head_attention_forward",
+        ("longer.bias_v", "other"): "multi_head_attention_forward",
         ("experts", "matmul"): "bmm",
     }
     for key, words in expected.items():
         assert words in reasons.pop(key), key
-    assert "multi_head_attention_forward has no kernel" in reasons.pop(("mha", "attention"))
+    for name in ("mha", "crossed", "longer"):
+        assert "multi_head_attention_forward has no kernel" in reasons.pop((name, "attention"))
     operators = {operator: words for (_, operator), words in reasons.items()}
     assert len(reasons) == 2 and operators["matmul"] == "both factors are activations"
     assert "not a parameter" in operators["linear"]

@@ -241,3 +241,44 @@ def test_classes_are_found_by_name_on_demand() -> None:
     assert module.Quantized_int8__act_int8__t is tensor_class(Scheme(formats.get("int8"), "int8"), transposed=True)
     with pytest.raises(AttributeError, match="Quantized_int9"):
         getattr(module, "Quantized_int9")  # noqa: B009
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "separate", "single", "causal", "bool mask", "heads' masks", "padding",
+                                  "weights", "every head's weights"])  # fmt: skip
+@pytest.mark.parametrize("bias", [True, False])
+def test_multi_head_attention_is_that_of_the_decoded_weights(kind: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    size = {"kdim": 24, "vdim": 40} if kind == "separate" else {}
+    attend = nn.MultiheadAttention(32, 4, bias=bias, **size).eval()
+    packed = copy.deepcopy(attend)
+    for name, p in list(attend.named_parameters()):
+        if p.dim() == 2:
+            module = packed.out_proj if name.startswith("out_proj") else packed
+            made = quantize(p, Scheme(formats.get("int8")))
+            module._parameters[name.rpartition(".")[2]] = as_parameter(made)
+            p.data.copy_(made.dequantize())
+    x, other = torch.randn(5, 3, 32), torch.randn(7, 3, 32)
+    mask = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    inputs, words = (x, x, x), {"need_weights": False}
+    if kind == "cross":
+        inputs = (x, other, other)
+    elif kind == "separate":
+        inputs = (x, torch.randn(7, 3, 24), torch.randn(7, 3, 40))
+    elif kind == "single":
+        inputs = (x[:, 0],) * 3
+        inputs = (inputs[0],) * 3
+    elif kind == "causal":
+        words |= {"attn_mask": mask, "is_causal": True}
+    elif kind == "bool mask":
+        words |= {"attn_mask": mask}
+    elif kind == "heads' masks":
+        words |= {"attn_mask": torch.randn(12, 5, 5)}
+    elif kind == "padding":
+        words |= {"attn_mask": mask, "key_padding_mask": torch.arange(5) >= torch.tensor([[5], [4], [2]])}
+    elif "weights" in kind:
+        words = {"need_weights": True, "average_attn_weights": kind == "weights"}
+    with torch.no_grad():
+        for got, want in zip(packed(*inputs, **words), attend(*inputs, **words), strict=True):
+            assert (got is None) == (want is None)
+            if got is not None:
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
