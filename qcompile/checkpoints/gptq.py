@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from ..errors import CorruptCheckpointError, UnsupportedCheckpointError
-from ..formats import FormatSpec, Scheme, get
+from ..formats import Scheme, get
 from ..formats.integer import zero_point
 from .files import Stored, TensorFiles
-from .repack import Codes, Kind, repack_codes
-from .weight import Checkpoint, Weight, by_layer, finite, part
-from .words import unpack_stream
+from .repack import Codes, Kind, repack_codes, unpack
+from .weight import Checkpoint, Weight, by_layer, part
 
 BITS = (2, 3, 4, 8)
 SCALE_DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -66,12 +65,17 @@ def _layer(name: str, parts: Mapping[str, Stored], said: tuple[int, int] | None,
     qweight.expect(torch.int32, k * bits // 32, n)
     qzeros = part(name, parts, "qzeros").expect(torch.int32, groups, n * bits // 32)
     columns = columns_of(order, k, group)
-    zeros = _zeros(qzeros, bits, plus)
-    scale = SCALE_DTYPES[scales.dtype]
-    made = zero_point(bits, group, columns is not None, scale, int(zeros.max() if zeros.numel() else 0) >= 2**bits)
-    spec = get(made.name)
+    wide = bool(plus) and int(_zeros(qzeros, bits, n, plus).max()) >= 2**bits
+    qzeros.release()
+    spec = get(zero_point(bits, group, columns is not None, SCALE_DTYPES[scales.dtype], wide).name)
     sources = (qweight, qzeros, scales, *((order,) if order is not None else ()))
-    return Weight((n, k), sources, lambda: _planes(spec, qweight, scales, zeros, columns, bits), Scheme(spec))
+
+    def planes() -> list[torch.Tensor]:
+        codes = Codes(Kind.COLUMNS, qweight.read(), n, k, bits, order=columns)
+        zeros = _zeros(qzeros, bits, n, plus)
+        return repack_codes(spec, codes, {"scale": (scales.name, scales.read().t()), "zero": (qzeros.name, zeros.t())})
+
+    return Weight((n, k), sources, planes, Scheme(spec))
 
 
 def columns_of(order: Stored | None, k: int, group: int) -> torch.Tensor | None:
@@ -92,17 +96,10 @@ def columns_of(order: Stored | None, k: int, group: int) -> torch.Tensor | None:
     return columns
 
 
-def _zeros(qzeros: Stored, bits: int, plus: int) -> torch.Tensor:
+def _zeros(qzeros: Stored, bits: int, n: int, plus: int) -> torch.Tensor:
     """uint8 [G, N]. A stored pattern of all ones plus one is 2^bits."""
-    zeros = unpack_stream(qzeros.read(), bits)
+    words = qzeros.read()
+    zeros = unpack(Codes(Kind.STREAM, words, len(words), n, bits))
     if plus and bits == 8 and bool((zeros == 255).any()):
         raise UnsupportedCheckpointError(f"{qzeros.name}: zero points of 256 in 8 bits are not read; save it as gptq_v2")
-    return zeros + plus
-
-
-def _planes(
-    spec: FormatSpec, qweight: Stored, scales: Stored, zeros: torch.Tensor, columns: torch.Tensor | None, bits: int
-) -> list[torch.Tensor]:
-    words, scale = qweight.read(), finite(scales.name, scales.read()).t()
-    n, k = words.shape[1], 32 * words.shape[0] // bits
-    return repack_codes(spec, Codes(Kind.COLUMNS, words, n, k, bits, order=columns), {"scale": scale, "zero": zeros.t()})
+    return zeros.add_(plus)

@@ -121,7 +121,7 @@ def rows_of(spec: FormatSpec, planes: Sequence[torch.Tensor], start: int, count:
 
 def finite(name: str, scales: torch.Tensor) -> torch.Tensor:
     """``scales``, if none is NaN or infinite. Raises :class:`CorruptCheckpointError` naming the tensor."""
-    if not torch.isfinite(scales.to(torch.float32)).all():
+    if not torch.isfinite(scales).all():
         raise CorruptCheckpointError(f"{name}: scales have NaN or infinite values; the file is damaged, download it again")
     return scales
 

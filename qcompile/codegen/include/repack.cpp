@@ -253,3 +253,50 @@ extern "C" __attribute__((visibility("default"))) void qc_repack_codes(
     }
   }
 }
+
+// Entries of a plane of scales, [n, count] with strides in bytes, → its parts. `exponent`: the bits of a float that are all ones
+// if it is infinite or NaN (0: not looked at). Returns whether one is.
+extern "C" __attribute__((visibility("default"))) int32_t qc_repack_entries(
+    const uint8_t* data, int64_t n, int64_t count, int64_t row_stride, int64_t column_stride, const Part* parts, int32_t part_count,
+    uint32_t exponent, int32_t threads) {
+  const int64_t tiles = (n + TILE - 1) / TILE;
+  int32_t bad = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : bad)
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t row = t * TILE, rows = n - row < TILE ? n - row : TILE;
+    for (int i = 0; i < part_count; ++i) {
+      const Part& part = parts[i];
+      const int each = part.bits < 8 ? 8 / part.bits : 1;
+      const uint32_t mask = (1u << (part.bits & 7)) - 1;
+      uint8_t* out = part.out + t * part.along * TILE * part.item;
+      std::memset(out, 0, part.along * TILE * part.item);
+      for (int64_t e = 0; e < count && e / each < part.along; ++e)
+        for (int64_t l = 0; l < rows; ++l) {
+          const uint8_t* from = data + (row + l) * row_stride + e * column_stride;
+          if (part.bits < 8) {
+            out[e / each * TILE + l] |= ((*from >> part.shift) & mask) << (part.bits * (e % each));
+          } else {
+            uint32_t value = 0;
+            std::memcpy(&value, from, part.item);
+            bad |= exponent && (value & exponent) == exponent;
+            std::memcpy(out + (e * TILE + l) * part.item, &value, part.item);
+          }
+        }
+    }
+  }
+  return bad;
+}
+
+// Codes of a source of rows → bytes [n, k].
+extern "C" __attribute__((visibility("default"))) void qc_unpack(const Source* source, uint8_t* out, int32_t threads) {
+  const Source& s = *source;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<uint8_t> held(s.k + 64);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < s.n; ++row) {
+      row_codes(s, row, held.data());
+      std::memcpy(out + row * s.k, held.data(), s.k);
+    }
+  }
+}
