@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qcompile.checkpoints.gguf_blocks import BLOCKS, from_blocks, row_bytes
 from qcompile.checkpoints.repack import Codes, Kind, repack_blocks, repack_codes, unpack
@@ -25,11 +26,33 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
         assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+def blocks(name: str, n: int, k: int) -> torch.Tensor:
+    """Any bytes, but floats that are finite."""
+    data, (size, at) = random(*row_bytes(name, n, k)), (GGML_QUANT_SIZES[GGMLQuantizationType[name]][1], 0)
+    for field in BLOCKS[name]:
+        if field.chunks[0].plane in ("d", "m", "dmin"):
+            data.view(-1, size)[:, at + 1] &= 0xBF  # the exponent's first bit
+        at += field.size
+    return data
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("n,k", [(1, 256), (16, 256), (37, 1024), (80, 512)])
 def test_blocks_as_by_the_table(name: str, n: int, k: int) -> None:
-    data = random(*row_bytes(name, n, k))
-    same(repack_blocks(name, data, n, k), from_blocks(name, data, n, k))
+    data = blocks(name, n, k)
+    same(repack_blocks("w", name, data, n, k), from_blocks(name, data, n, k))
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "MXFP4"])
+def test_blocks_with_scales_that_are_not_finite_are_named(name: str) -> None:
+    data, size, at = blocks(name, 20, 256), GGML_QUANT_SIZES[GGMLQuantizationType[name]][1], 0
+    for field in BLOCKS[name]:
+        if field.chunks[0].plane in ("d", "m", "dmin"):
+            bad = data.clone()
+            bad.view(-1, size)[-1, at : at + 2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
+            with pytest.raises(CorruptCheckpointError, match="blk.0.w: scales"):
+                repack_blocks("blk.0.w", name, bad, 20, 256)
+        at += field.size
 
 
 def packed(spec: FormatSpec, codes: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:

@@ -84,6 +84,7 @@ def columns_of(order: Stored | None, k: int, group: int) -> torch.Tensor | None:
     if order is None:
         return None
     groups = order.read().clone()
+    order.release()
     count = -(-k // group)
     in_order = torch.arange(k, dtype=torch.int32) // group
     if torch.equal(groups, in_order):

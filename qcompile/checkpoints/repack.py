@@ -54,8 +54,8 @@ class _Run(ctypes.Structure):
 
 
 class _Part(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("plane", "code", "item", "bits", "shift", "reserved")] + [
-        ("along", ctypes.c_int64), ("out", ctypes.c_void_p),
+    _fields_ = [(name, ctypes.c_int32) for name in ("plane", "code", "item", "bits", "shift")] + [
+        ("exponent", ctypes.c_uint32), ("along", ctypes.c_int64), ("out", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -74,8 +74,14 @@ def _library() -> ctypes.CDLL:
     return load_library(text)[0]
 
 
-def repack_blocks(type_name: str, data: torch.Tensor, n: int, k: int) -> list[torch.Tensor]:
-    """:func:`~qcompile.checkpoints.gguf_blocks.from_blocks` for tensors of the CPU, many times faster. Raises as it does."""
+def prepare() -> None:
+    """Compiles the repacker unless this machine has it already. Raises :class:`~qcompile.errors.KernelBuildError`."""
+    _library()
+
+
+def repack_blocks(name: str, type_name: str, data: torch.Tensor, n: int, k: int) -> list[torch.Tensor]:
+    """:func:`~qcompile.checkpoints.gguf_blocks.from_blocks` for tensors of the CPU, many times faster. Raises as it does, and
+    :class:`CorruptCheckpointError` naming the tensor ``name`` for scales that are NaN or infinite."""
     spec = find(type_name)
     assert spec is not None
     if tuple(data.shape) != row_bytes(type_name, n, k) or data.dtype != torch.uint8:
@@ -87,11 +93,13 @@ def repack_blocks(type_name: str, data: torch.Tensor, n: int, k: int) -> list[to
     parts = _parts(spec, stored)
     entries = [block // p.per * p.entry_dtype.itemsize for p in spec.planes]
     runs = _runs(type_name)
-    _library().qc_repack_blocks(
+    bad = _library().qc_repack_blocks(
         ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(n), ctypes.c_int64(k // block), ctypes.c_int64(size),
         (_Run * len(runs))(*runs), len(runs), (ctypes.c_int32 * len(entries))(*entries), len(entries),
         (_Part * len(parts))(*parts), len(parts), torch.get_num_threads(),
     )  # fmt: skip
+    if bad:
+        raise CorruptCheckpointError(f"{name}: {NOT_FINITE}")
     return stored
 
 
@@ -117,6 +125,8 @@ def _runs(type_name: str) -> list[_Run]:
 
 Scales = Mapping[str, tuple[str, torch.Tensor]]
 """By plane: the name of the tensor in the file, and entries ``[rows, entries along K]`` of the plane's dtype."""
+
+NOT_FINITE = "scales have NaN or infinite values; the file is damaged, download it again"
 
 EXPONENTS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
 """Bits that are all ones in an infinity and in NaN."""
@@ -165,11 +175,10 @@ def _repack_scales(
         rows, columns = (s * entries.dtype.itemsize for s in entries.stride())
         bad = _library().qc_repack_entries(
             ctypes.c_void_p(entries.data_ptr()), ctypes.c_int64(n), ctypes.c_int64(entries.shape[1]), ctypes.c_int64(rows),
-            ctypes.c_int64(columns), (_Part * len(parts))(*parts), len(parts),
-            ctypes.c_uint32(EXPONENTS.get(plane.entry_dtype, 0)), torch.get_num_threads(),
+            ctypes.c_int64(columns), (_Part * len(parts))(*parts), len(parts), torch.get_num_threads(),
         )  # fmt: skip
     if bad:
-        raise CorruptCheckpointError(f"{name}: scales have NaN or infinite values; the file is damaged, download it again")
+        raise CorruptCheckpointError(f"{name}: {NOT_FINITE}")
 
 
 def unpack(codes: Codes) -> torch.Tensor:
@@ -215,7 +224,7 @@ def _empty(spec: FormatSpec, n: int, k: int) -> list[torch.Tensor]:
 def _parts(spec: FormatSpec, stored: list[torch.Tensor]) -> list[_Part]:
     order = {p.name: i for i, p in enumerate(spec.planes)}
     return [
-        _Part(order[part.plane.name], part.plane.is_code, tensor.dtype.itemsize, part.bits, part.shift, 0, tensor.shape[1],
-              tensor.data_ptr())
+        _Part(order[part.plane.name], part.plane.is_code, tensor.dtype.itemsize, part.bits, part.shift,
+              EXPONENTS.get(tensor.dtype, 0), tensor.shape[1], tensor.data_ptr())
         for part, tensor in zip(spec.parts, stored, strict=True)
     ]  # fmt: skip

@@ -126,12 +126,10 @@ def finite(name: str, scales: torch.Tensor) -> torch.Tensor:
     return scales
 
 
-def finite_planes(name: str, spec: FormatSpec, planes: list[torch.Tensor]) -> list[torch.Tensor]:
-    """``planes``, if no scale of any is NaN or infinite. Raises :class:`CorruptCheckpointError` naming the tensor."""
+def valid_scales(name: str, spec: FormatSpec, planes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """``planes``, if no scale that a table gives is NaN or infinite. Raises :class:`CorruptCheckpointError` naming the tensor."""
     for stored, plane in zip(spec.parts, planes, strict=False):
-        if plane.is_floating_point():
-            finite(f"{name} (plane {stored.name})", plane)
-        elif not stored.plane.is_code and (book := _book_of(spec, stored.plane)) is not None:
+        if not stored.plane.is_code and stored.plane.is_integer and (book := _book_of(spec, stored.plane)) is not None:
             valid_codes(f"{name} (plane {stored.name})", plane, book)
     return planes
 

@@ -15,7 +15,8 @@ struct Run {  // `count` bytes of a block from `src` on: `bits` bits from `bit` 
 };
 
 struct Part {  // a stored tensor: `bits` bits of each entry from bit `shift` on; `along` words, bytes or entries of a row
-  int32_t plane, code, item, bits, shift, reserved;
+  int32_t plane, code, item, bits, shift;
+  uint32_t exponent;  // bits of a float that are all ones if it is infinite or NaN; 0: not looked at
   int64_t along;
   uint8_t* out;
 };
@@ -58,10 +59,17 @@ void code_part(const Part& part, const uint8_t* codes, int64_t words, uint32_t* 
   }
 }
 
-void scale_part(const Part& part, const uint8_t* entries, int64_t count, uint8_t* out) {
+// Returns whether a float is infinite or NaN.
+bool scale_part(const Part& part, const uint8_t* entries, int64_t count, uint8_t* out) {
   if (part.bits >= 8) {
-    for (int64_t x = 0; x < count; ++x) std::memcpy(out + x * TILE * part.item, entries + x * part.item, part.item);
-    return;
+    bool bad = false;
+    for (int64_t x = 0; x < count; ++x) {
+      uint32_t value = 0;
+      std::memcpy(&value, entries + x * part.item, part.item);
+      std::memcpy(out + x * TILE * part.item, &value, part.item);
+      bad |= part.exponent && (value & part.exponent) == part.exponent;
+    }
+    return bad;
   }
   const int each = 8 / part.bits, mask = (1 << part.bits) - 1;
   for (int64_t x = 0; x < count; ++x) {
@@ -69,6 +77,7 @@ void scale_part(const Part& part, const uint8_t* entries, int64_t count, uint8_t
     for (int s = 0; s < each; ++s) byte |= ((entries[x * each + s] >> part.shift) & mask) << (part.bits * s);
     out[x * TILE] = (uint8_t)byte;
   }
+  return false;
 }
 
 // Eight codes of `bits` bits out of as many bytes, the lowest first.
@@ -185,12 +194,14 @@ void words_of_tile(const Source& s, int64_t row, int64_t rows, int64_t along, ui
 
 }  // namespace
 
-// Rows of blocks → all parts of all planes. `entries`: bytes that a plane's entries take in a block.
-extern "C" __attribute__((visibility("default"))) void qc_repack_blocks(
+// Rows of blocks → all parts of all planes. `entries`: bytes that a plane's entries take in a block. Returns whether a scale is
+// infinite or NaN.
+extern "C" __attribute__((visibility("default"))) int32_t qc_repack_blocks(
     const uint8_t* data, int64_t n, int64_t blocks, int64_t size, const Run* runs, int32_t run_count, const int32_t* entries,
     int32_t planes, const Part* parts, int32_t part_count, int32_t threads) {
   const int64_t tiles = (n + TILE - 1) / TILE;
-#pragma omp parallel for num_threads(threads) schedule(static)
+  int32_t bad = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : bad)
   for (int64_t t = 0; t < tiles; ++t) {
     uint8_t held[8][512];
     for (int64_t b = 0; b < blocks; ++b)
@@ -204,10 +215,11 @@ extern "C" __attribute__((visibility("default"))) void qc_repack_blocks(
           const int64_t each = part.along / blocks;
           uint8_t* out = part.out + ((t * part.along + b * each) * TILE + l) * part.item;
           if (part.code) code_part(part, held[part.plane], each, (uint32_t*)out);
-          else scale_part(part, held[part.plane], each, out);
+          else bad |= scale_part(part, held[part.plane], each, out);
         }
       }
   }
+  return bad;
 }
 
 // Codes of a source → the parts of the one plane of codes, `cols` of them in a row. `seen` (256 bytes, or null): which codes occur.
@@ -254,11 +266,10 @@ extern "C" __attribute__((visibility("default"))) void qc_repack_codes(
   }
 }
 
-// Entries of a plane of scales, [n, count] with strides in bytes, → its parts. `exponent`: the bits of a float that are all ones
-// if it is infinite or NaN (0: not looked at). Returns whether one is.
+// Entries of a plane of scales, [n, count] with strides in bytes, → its parts. Returns whether one is infinite or NaN.
 extern "C" __attribute__((visibility("default"))) int32_t qc_repack_entries(
     const uint8_t* data, int64_t n, int64_t count, int64_t row_stride, int64_t column_stride, const Part* parts, int32_t part_count,
-    uint32_t exponent, int32_t threads) {
+    int32_t threads) {
   const int64_t tiles = (n + TILE - 1) / TILE;
   int32_t bad = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : bad)
@@ -278,7 +289,7 @@ extern "C" __attribute__((visibility("default"))) int32_t qc_repack_entries(
           } else {
             uint32_t value = 0;
             std::memcpy(&value, from, part.item);
-            bad |= exponent && (value & exponent) == exponent;
+            bad |= part.exponent && (value & part.exponent) == part.exponent;
             std::memcpy(out + (e * TILE + l) * part.item, &value, part.item);
           }
         }
