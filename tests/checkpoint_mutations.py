@@ -14,8 +14,10 @@ VALUES: tuple[Any, ...] = (None, True, -1, 0, 1, 3, 5, 64, 2**31, 2**63, 2**70, 
 
 
 def mutate(rng: random.Random, folder: Path) -> str:
-    """Damages one file below ``folder``; returns what was done, for the message of a failing test."""
-    files = sorted(p for p in folder.iterdir() if p.is_file())
+    """Damages one file of ``folder``; returns what was done, for the message of a failing test."""
+    files = sorted(p for p in folder.iterdir() if p.stat().st_size)
+    if not files:
+        return "nothing is left"
     file = rng.choice(files)
     if rng.random() < 0.02:
         file.unlink()
@@ -29,7 +31,11 @@ def mutate(rng: random.Random, folder: Path) -> str:
     elif file.suffix == ".gguf":
         kinds += [_early_field, _early_field, _early_bytes, _early_bytes, _early_bytes]
     kind = rng.choice(kinds)
-    file.write_bytes(kind(rng, data))
+    try:
+        damaged = kind(rng, bytearray(data))
+    except (ValueError, AttributeError):  # another damage has left no JSON, or no object
+        kind, damaged = _bytes, _bytes(rng, data)
+    file.write_bytes(damaged)
     return f"{kind.__name__} on {file.name}"
 
 

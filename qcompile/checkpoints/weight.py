@@ -13,6 +13,7 @@ from ..errors import CorruptCheckpointError
 from ..formats import Codebook, FormatSpec, Plane, Scheme
 from ..formats.layout import by_plane, unpack_plane
 from ..formats.reference import tile_rows
+from ..plan import Plan
 from .files import Stored, TensorFiles
 
 
@@ -54,7 +55,7 @@ class Checkpoint:
     config: Mapping[str, object] | None = None
     used: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
-    plan: str | None = None
+    plan: Plan | None = None
     adjust: Callable[[torch.nn.Module], None] | None = None
     named: Callable[[list[str]], dict[str, str]] | None = None
 
