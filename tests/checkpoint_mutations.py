@@ -33,7 +33,7 @@ def mutate(rng: random.Random, folder: Path) -> str:
     kind = rng.choice(kinds)
     try:
         damaged = kind(rng, bytearray(data))
-    except (ValueError, AttributeError):  # another damage has left no JSON, or no object
+    except (ValueError, AttributeError, TypeError):  # another damage has left no JSON, or no object
         kind, damaged = _bytes, _bytes(rng, data)
     file.write_bytes(damaged)
     return f"{kind.__name__} on {file.name}"

@@ -31,10 +31,10 @@ def read(files: TensorFiles, settings: Mapping[str, Any]) -> Checkpoint:
     :class:`CorruptCheckpointError` naming the tensor that does not fit."""
     layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     bits, group = settings.get("bits"), settings.get("group_size", -1)
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise UnsupportedCheckpointError(f"checkpoint_format {layout!r} of GPTQ is not read, only {', '.join(LAYOUTS)}; save it "
                                          "again with one of them")  # fmt: skip
-    if bits not in BITS or type(group) is not int:
+    if type(bits) is not int or bits not in BITS or type(group) is not int:
         raise UnsupportedCheckpointError(f"GPTQ with bits={bits!r} and group_size={group!r} is not read; 2, 3, 4 or 8 bits are")
     fixed = not settings.get("dynamic")
 
