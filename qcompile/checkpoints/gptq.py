@@ -65,8 +65,7 @@ def _layer(name: str, parts: Mapping[str, Stored], said: tuple[int, int] | None,
     qweight.expect(torch.int32, k * bits // 32, n)
     qzeros = part(name, parts, "qzeros").expect(torch.int32, groups, n * bits // 32)
     columns = columns_of(order, k, group)
-    wide = bool(plus) and int(_zeros(qzeros, bits, n, plus).max()) >= 2**bits
-    qzeros.release()
+    wide = bool(plus) and _all_ones(qzeros, bits, n)
     spec = get(zero_point(bits, group, columns is not None, SCALE_DTYPES[scales.dtype], wide).name)
     sources = (qweight, qzeros, scales, *((order,) if order is not None else ()))
 
@@ -95,6 +94,21 @@ def columns_of(order: Stored | None, k: int, group: int) -> torch.Tensor | None:
     if not torch.equal(groups[columns.long()], in_order):
         raise CorruptCheckpointError(f"{order.name}: groups of unequal size; expected {group} columns in each")
     return columns
+
+
+def _all_ones(qzeros: Stored, bits: int, n: int) -> bool:
+    """Whether a stored zero point is 2^bits − 1, told from whole words where they hold whole codes."""
+    words = qzeros.read()
+    if 32 % bits:
+        found = unpack(Codes(Kind.STREAM, words, len(words), n, bits)) == 2**bits - 1
+    else:
+        together = words.clone()
+        for shift in range(1, bits):
+            together &= words >> shift
+        lowest = sum(1 << at for at in range(0, 32, bits))
+        found = (together & (lowest - 2**32 if lowest >= 2**31 else lowest)) != 0
+    qzeros.release()
+    return bool(found.any())
 
 
 def _zeros(qzeros: Stored, bits: int, n: int, plus: int) -> torch.Tensor:

@@ -175,9 +175,13 @@ void words_of_tile(const Source& s, int64_t row, int64_t rows, int64_t along, ui
   const int64_t words = s.k * s.bits / 32;
   if (rows < TILE || words < along) std::memset(out, 0, along * TILE * 4);
   if (s.kind == COLUMNS) {
-    const uint32_t* lines = (const uint32_t*)s.data;
-    for (int64_t w = 0; w < words; ++w)
-      for (int64_t l = 0; l < rows; ++l) out[w * TILE + l] = eight_nibbles(lines[w * s.stride + row + l]);
+    const uint32_t* lines = (const uint32_t*)s.data + row;
+    if (rows == TILE)  // a known count becomes one vector
+      for (int64_t w = 0; w < words; ++w)
+        for (int l = 0; l < TILE; ++l) out[w * TILE + l] = eight_nibbles(lines[w * s.stride + l]);
+    else
+      for (int64_t w = 0; w < words; ++w)
+        for (int64_t l = 0; l < rows; ++l) out[w * TILE + l] = eight_nibbles(lines[w * s.stride + l]);
     return;
   }
   for (int64_t from = 0; from < words; from += 64)  // 64 words of sixteen rows stay in the first cache
