@@ -171,19 +171,29 @@ bool word_by_word(const Source& s, int32_t part_count, int part_bits, const uint
   return s.bits == 4 && s.k % 8 == 0 && !s.flip && (s.kind == STREAM || s.kind == NIBBLES_HIGH || s.kind == COLUMNS);
 }
 
+constexpr int64_t BLOCK = 16;  // tiles of columns that are read together, so that a page is not visited for each
+
+// Tiles `first` … `last` of columns, 64 lines at a time: a kilobyte of each line, four of each tile.
+void words_of_columns(const Source& s, int64_t first, int64_t last, int64_t along, uint32_t* out) {
+  const int64_t words = s.k * s.bits / 32;
+  for (int64_t from = 0; from < words; from += 64)
+    for (int64_t t = first; t < last; ++t) {
+      const uint32_t* lines = (const uint32_t*)s.data + t * TILE;
+      const int64_t rows = s.n - t * TILE < TILE ? s.n - t * TILE : TILE;
+      for (int64_t w = from; w < words && w < from + 64; ++w) {
+        uint32_t* into = out + (t * along + w) * TILE;
+        if (rows == TILE)  // a known count becomes one vector
+          for (int l = 0; l < TILE; ++l) into[l] = eight_nibbles(lines[w * s.stride + l]);
+        else
+          for (int64_t l = 0; l < TILE; ++l) into[l] = l < rows ? eight_nibbles(lines[w * s.stride + l]) : 0;
+      }
+    }
+  for (int64_t t = first; t < last; ++t) std::memset(out + (t * along + words) * TILE, 0, (along - words) * TILE * 4);
+}
+
 void words_of_tile(const Source& s, int64_t row, int64_t rows, int64_t along, uint32_t* out) {
   const int64_t words = s.k * s.bits / 32;
   if (rows < TILE || words < along) std::memset(out, 0, along * TILE * 4);
-  if (s.kind == COLUMNS) {
-    const uint32_t* lines = (const uint32_t*)s.data + row;
-    if (rows == TILE)  // a known count becomes one vector
-      for (int64_t w = 0; w < words; ++w)
-        for (int l = 0; l < TILE; ++l) out[w * TILE + l] = eight_nibbles(lines[w * s.stride + l]);
-    else
-      for (int64_t w = 0; w < words; ++w)
-        for (int64_t l = 0; l < rows; ++l) out[w * TILE + l] = eight_nibbles(lines[w * s.stride + l]);
-    return;
-  }
   for (int64_t from = 0; from < words; from += 64)  // 64 words of sixteen rows stay in the first cache
     for (int64_t l = 0; l < rows; ++l) {
       const uint8_t* data = s.data + (row + l) * s.stride;
@@ -205,7 +215,7 @@ extern "C" __attribute__((visibility("default"))) int32_t qc_repack_blocks(
     int32_t planes, const Part* parts, int32_t part_count, int32_t threads) {
   const int64_t tiles = (n + TILE - 1) / TILE;
   int32_t bad = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : bad)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8) reduction(| : bad)
   for (int64_t t = 0; t < tiles; ++t) {
     uint8_t held[8][512];
     for (int64_t b = 0; b < blocks; ++b)
@@ -231,8 +241,15 @@ extern "C" __attribute__((visibility("default"))) void qc_repack_codes(
     const Source* source, int64_t cols, const Part* parts, int32_t part_count, uint8_t* seen, int32_t threads) {
   const Source& s = *source;
   const int64_t tiles = (s.n + TILE - 1) / TILE;
-  if (word_by_word(s, part_count, parts[0].bits, seen)) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+  const bool words = word_by_word(s, part_count, parts[0].bits, seen);
+  if (words && s.kind == COLUMNS) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t t = 0; t < tiles; t += BLOCK)
+      words_of_columns(s, t, t + BLOCK < tiles ? t + BLOCK : tiles, parts[0].along, (uint32_t*)parts[0].out);
+    return;
+  }
+  if (words) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t rows = s.n - t * TILE < TILE ? s.n - t * TILE : TILE;
       words_of_tile(s, t * TILE, rows, parts[0].along, (uint32_t*)parts[0].out + t * parts[0].along * TILE);
@@ -242,7 +259,7 @@ extern "C" __attribute__((visibility("default"))) void qc_repack_codes(
 #pragma omp parallel num_threads(threads)
   {
     std::vector<uint8_t> held(TILE * (cols + 64)), moved(s.order ? cols : 0);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = t * TILE, rows = s.n - row < TILE ? s.n - row : TILE;
       std::fill(held.begin(), held.end(), 0);
@@ -276,7 +293,7 @@ extern "C" __attribute__((visibility("default"))) int32_t qc_repack_entries(
     int32_t threads) {
   const int64_t tiles = (n + TILE - 1) / TILE;
   int32_t bad = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : bad)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8) reduction(| : bad)
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = t * TILE, rows = n - row < TILE ? n - row : TILE;
     for (int i = 0; i < part_count; ++i) {
@@ -308,7 +325,7 @@ extern "C" __attribute__((visibility("default"))) void qc_unpack(const Source* s
 #pragma omp parallel num_threads(threads)
   {
     std::vector<uint8_t> held(s.k + 64);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
     for (int64_t row = 0; row < s.n; ++row) {
       row_codes(s, row, held.data());
       std::memcpy(out + row * s.k, held.data(), s.k);
