@@ -54,15 +54,18 @@ class _Run(ctypes.Structure):
 
 
 class _Part(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("plane", "code", "item", "bits", "shift")] + [
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("plane", "code", "item", "bits", "shift")),
         ("exponent", ctypes.c_uint32), ("along", ctypes.c_int64), ("out", ctypes.c_void_p),
     ]  # fmt: skip
 
 
 class _Source(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("kind", "bits", "flip", "reserved")] + [
-        (name, ctypes.c_int64) for name in ("n", "k", "stride")
-    ] + [("data", ctypes.c_void_p), ("order", ctypes.c_void_p)]  # fmt: skip
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "bits", "flip", "reserved")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "stride")),
+        *((name, ctypes.c_void_p) for name in ("data", "order")),
+    ]
 
 
 @functools.cache
