@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import qcompile
 from qcompile import QCompileConfig
 from qcompile.cli import app
-from qcompile.errors import CheckpointError, PolicyError, UnknownFormatError
+from qcompile.errors import CheckpointError, OptionError, PolicyError, UnknownFormatError
 from qcompile.recorder import recorder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,6 +83,12 @@ def test_what_qcompile_saves_transformers_loads(tmp_path: Path) -> None:
     same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
+def test_what_qcompile_loads_transformers_saves(tmp_path: Path) -> None:
+    model = qcompile.load(write_gguf(tmp_path / "model.gguf", model_of("llama"), "llama", mixture))
+    model.save_pretrained(tmp_path / "saved")
+    same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), model)
+
+
 def test_in_another_dtype(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=QCompileConfig("int8"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -95,6 +101,8 @@ def test_in_another_dtype(folder: Path) -> None:
 def test_policies_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(UnknownFormatError, match="int9"):
         QCompileConfig(policy="int9")
+    with pytest.raises(OptionError, match="'polcy'. Did you mean 'policy'"):
+        QCompileConfig(polcy="int8")
     with pytest.raises(PolicyError, match="'q_prj'"):
         loaded(folder, {"q_prj": "int8"})
 

@@ -16,9 +16,8 @@ from ..formats import FormatSpec, Scheme, get
 from ..formats.integer import zero_point
 from .files import Stored, TensorFiles
 from .gptq import SCALE_DTYPES
-from .repack import Codes, Kind, repack_codes
-from .weight import Checkpoint, Weight, by_layer, finite, part
-from .words import unpack_stream
+from .repack import Codes, Kind, repack_codes, unpack
+from .weight import Checkpoint, Weight, by_layer, part
 
 NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of a word holds each of its eight outputs."""
@@ -57,12 +56,13 @@ def _layer(name: str, parts: Mapping[str, Stored], group: int) -> Weight:
 
 def _planes(spec: FormatSpec, qweight: Stored, qzeros: Stored, scales: Stored) -> list[torch.Tensor]:
     words = qweight.read()
-    zero, scale = outputs(qzeros.read()).t(), finite(scales.name, scales.read()).t()
     codes = Codes(Kind.OUTPUTS, words, 8 * words.shape[1], len(words), 4)
-    return repack_codes(spec, codes, {"scale": scale, "zero": zero})
+    zeros = outputs(qzeros.read())
+    return repack_codes(spec, codes, {"scale": (scales.name, scales.read().t()), "zero": (qzeros.name, zeros.t())})
 
 
 def outputs(words: torch.Tensor) -> torch.Tensor:
     """int32 ``[rows, N/8]`` → uint8 codes ``[rows, N]`` in the order of outputs."""
-    codes = unpack_stream(words, 4).unflatten(1, (-1, 8))
+    rows, count = words.shape
+    codes = unpack(Codes(Kind.STREAM, words, rows, 8 * count, 4)).view(rows, count, 8)
     return codes[..., list(NIBBLE_OF)].flatten(1)

@@ -48,8 +48,8 @@ def _int8(name: str, parts: Mapping[str, Stored]) -> Weight:
     spec = get("int8")
 
     def planes() -> list[torch.Tensor]:
-        scales = (finite(scale.name, scale.read()).to(torch.float32) / 127).unsqueeze(1)
-        return repack_codes(spec, Codes(Kind.BYTES, weight.read(), n, k, 8), {"scale": scales})
+        scales = (scale.read().to(torch.float32) / 127).unsqueeze(1)
+        return repack_codes(spec, Codes(Kind.BYTES, weight.read(), n, k, 8), {"scale": (scale.name, scales)})
 
     return Weight((n, k), (weight, scale, *((order,) if order is not None else ())), planes, Scheme(spec))
 
@@ -76,9 +76,9 @@ def _four(name: str, parts: Mapping[str, Stored]) -> Weight:
     spec = get(book.name.lower() if block == 64 else f"{book.name.lower()}_g{block}")
 
     def planes() -> list[torch.Tensor]:
-        scales = finite(absmax.name, _absmax(absmax, more, state)).view(n, k // block)
+        scales = _absmax(absmax, more, state).view(n, k // block)
         codes = weight.read().reshape(-1).view(torch.uint8).view(n, k // 2)
-        return repack_codes(spec, Codes(Kind.NIBBLES_HIGH, codes, n, k, 4), {"absmax": scales})
+        return repack_codes(spec, Codes(Kind.NIBBLES_HIGH, codes, n, k, 4), {"absmax": (absmax.name, scales)})
 
     return Weight((n, k), (weight, absmax, table, source, *more), planes, Scheme(spec))
 

@@ -29,18 +29,19 @@ def read(files: TensorFiles, settings: Mapping[str, Any]) -> Checkpoint:
     """The weights of a compressed-tensors checkpoint. Raises :class:`UnsupportedCheckpointError` for other layouts (sparse
     ones among them), :class:`CorruptCheckpointError` naming the tensor that does not fit."""
     groups = [g for g in _objects(settings.get("config_groups")) if isinstance(g, dict)]
-    layouts = {settings.get("format"), *(g.get("format") for g in groups)} - {None}
-    if odd := sorted(str(x) for x in layouts - set(LAYOUTS)):
+    layouts = [x for x in (settings.get("format"), *(g.get("format") for g in groups)) if x is not None]
+    if odd := sorted(str(x) for x in layouts if x not in LAYOUTS):
         raise UnsupportedCheckpointError(f"compressed-tensors layout {odd[0]!r} is not read; {', '.join(LAYOUTS)} are")
     sparsity = settings.get("sparsity_config")
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
         raise UnsupportedCheckpointError(f"compressed-tensors sparsity {sparsity.get('format')!r} is not read; save it dense")
     if settings.get("transform_config"):
         raise UnsupportedCheckpointError("compressed-tensors with transforms (rotations of activations) is not read")
-    bits = {w.get("num_bits") for g in groups if isinstance(w := g.get("weights"), dict)}
+    said = [w.get("num_bits") for g in groups if isinstance(w := g.get("weights"), dict)]
+    bits = sorted({b for b in said if type(b) is int and 2 <= b <= 8})
 
     def layer(name: str, parts: Mapping[str, Stored]) -> Weight:
-        return _layer(name, parts, sorted(b for b in bits if isinstance(b, int) and 2 <= b <= 8))
+        return _layer(name, parts, bits)
 
     return by_layer("compressed-tensors", files, ("weight_scale",), ENDS, layer)
 

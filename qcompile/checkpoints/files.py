@@ -50,9 +50,12 @@ class MappedFile:
 
     def release(self, offset: int, size: int) -> None:
         """Lets go of the pages of ``size`` bytes from ``offset`` on, so that they do not count as resident."""
+        self.advise(mmap.MADV_DONTNEED, offset, size)
+
+    def advise(self, what: int, offset: int, size: int) -> None:
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         if size:
-            self.bytes.madvise(mmap.MADV_DONTNEED, start, offset + size - start)
+            self.bytes.madvise(what, start, offset + size - start)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """A view of the file's bytes: copy what is to outlive :meth:`release`."""
+        """A view of the file's bytes, which the kernel begins to fetch: copy what is to outlive :meth:`release`."""
+        self.file.advise(mmap.MADV_WILLNEED, self.offset, self.nbytes)
         return self.file.view(self.offset, self.shape, self.dtype)
 
     def release(self) -> None:

@@ -27,7 +27,8 @@ def nvfp4_weight(packed: Stored, scale: Stored, top: Stored, inverse: bool) -> W
         if inverse:
             factor = finite(top.name, 1 / factor)
         scales = valid_codes(scale.name, scale.read().view(torch.uint8), E4M3)
-        return repack_codes(spec, Codes(Kind.STREAM, packed.read(), n, 2 * half, 4), {"top": factor, "s": scales})
+        codes = Codes(Kind.STREAM, packed.read(), n, 2 * half, 4)
+        return repack_codes(spec, codes, {"top": (top.name, factor), "s": (scale.name, scales)})
 
     return Weight((n, 2 * half), (packed, scale, top), planes, Scheme(spec))
 
@@ -42,6 +43,6 @@ def mxfp4_weight(packed: Stored, scale: Stored) -> Weight:
 
     def planes() -> list[torch.Tensor]:
         scales = valid_codes(scale.name, scale.read().view(torch.uint8), E8M0)
-        return repack_codes(spec, Codes(Kind.STREAM, packed.read(), n, 2 * half, 4), {"s": scales})
+        return repack_codes(spec, Codes(Kind.STREAM, packed.read(), n, 2 * half, 4), {"s": (scale.name, scales)})
 
     return Weight((n, 2 * half), (packed, scale), planes, Scheme(spec))

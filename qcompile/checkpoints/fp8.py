@@ -16,7 +16,7 @@ from ..formats import Scheme, get
 from ..formats.float import E4M3, E5M2
 from .files import Stored, TensorFiles
 from .repack import Codes, Kind, repack_codes
-from .weight import Checkpoint, Weight, by_layer, finite, not_finite, part
+from .weight import Checkpoint, Weight, by_layer, not_finite, part
 
 BOOKS = {torch.float8_e4m3fn: ("fp8_e4m3", E4M3), torch.float8_e5m2: ("fp8_e5m2", E5M2)}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
@@ -54,8 +54,8 @@ def fp8_weight(weight: Stored, scale: Stored) -> Weight:
     spec = get(base + tail)
 
     def planes() -> list[torch.Tensor]:
-        scales = finite(scale.name, scale.read().to(torch.float32)).reshape(shape)
+        scales = scale.read().to(torch.float32).reshape(shape)
         codes = Codes(Kind.BYTES, weight.read().view(torch.uint8), n, k, 8)
-        return repack_codes(spec, codes, {"scale": scales}, finite=(weight.name, not_finite(book)))
+        return repack_codes(spec, codes, {"scale": (scale.name, scales)}, finite=(weight.name, not_finite(book)))
 
     return Weight((n, k), (weight, scale), planes, Scheme(spec))

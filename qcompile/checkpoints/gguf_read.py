@@ -16,7 +16,7 @@ from .gguf_blocks import BLOCKS
 from .gguf_header import FLOATS, Header, Tensor, read_header
 from .gguf_models import Architecture, architecture_of, config_of, gguf_names, to_halves
 from .repack import repack_blocks
-from .weight import Checkpoint, Weight, finite_planes
+from .weight import Checkpoint, Weight, valid_scales
 
 ROPE = "rope_freqs.weight"
 IN_CONFIG = {f"rope_factors_{n}.weight": "in the configuration" for n in ("long", "short")}
@@ -87,7 +87,7 @@ def _weight(tensor: Tensor, architecture: Architecture, config: dict[str, Any]) 
     def planes() -> list[torch.Tensor]:
         data = tensor.stored.read()
         data = data if heads is None else to_halves(data, heads)
-        return finite_planes(tensor.name, spec, repack_blocks(tensor.type, data, n, k))
+        return valid_scales(tensor.name, spec, repack_blocks(tensor.name, tensor.type, data, n, k))
 
     return Weight((n, k), (tensor.stored,), planes, Scheme(spec))
 

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from ..errors import CorruptCheckpointError, UnsupportedCheckpointError
-from ..formats import FormatSpec, Scheme, get
+from ..formats import Scheme, get
 from ..formats.integer import zero_point
 from .files import Stored, TensorFiles
-from .repack import Codes, Kind, repack_codes
-from .weight import Checkpoint, Weight, by_layer, finite, part
-from .words import unpack_stream
+from .repack import Codes, Kind, repack_codes, unpack
+from .weight import Checkpoint, Weight, by_layer, part
 
 BITS = (2, 3, 4, 8)
 SCALE_DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -32,10 +31,10 @@ def read(files: TensorFiles, settings: Mapping[str, Any]) -> Checkpoint:
     :class:`CorruptCheckpointError` naming the tensor that does not fit."""
     layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     bits, group = settings.get("bits"), settings.get("group_size", -1)
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise UnsupportedCheckpointError(f"checkpoint_format {layout!r} of GPTQ is not read, only {', '.join(LAYOUTS)}; save it "
                                          "again with one of them")  # fmt: skip
-    if bits not in BITS or type(group) is not int:
+    if type(bits) is not int or bits not in BITS or type(group) is not int:
         raise UnsupportedCheckpointError(f"GPTQ with bits={bits!r} and group_size={group!r} is not read; 2, 3, 4 or 8 bits are")
     fixed = not settings.get("dynamic")
 
@@ -66,12 +65,16 @@ def _layer(name: str, parts: Mapping[str, Stored], said: tuple[int, int] | None,
     qweight.expect(torch.int32, k * bits // 32, n)
     qzeros = part(name, parts, "qzeros").expect(torch.int32, groups, n * bits // 32)
     columns = columns_of(order, k, group)
-    zeros = _zeros(qzeros, bits, plus)
-    scale = SCALE_DTYPES[scales.dtype]
-    made = zero_point(bits, group, columns is not None, scale, int(zeros.max() if zeros.numel() else 0) >= 2**bits)
-    spec = get(made.name)
+    wide = bool(plus) and _all_ones(qzeros, bits, n)
+    spec = get(zero_point(bits, group, columns is not None, SCALE_DTYPES[scales.dtype], wide).name)
     sources = (qweight, qzeros, scales, *((order,) if order is not None else ()))
-    return Weight((n, k), sources, lambda: _planes(spec, qweight, scales, zeros, columns, bits), Scheme(spec))
+
+    def planes() -> list[torch.Tensor]:
+        codes = Codes(Kind.COLUMNS, qweight.read(), n, k, bits, order=columns)
+        zeros = _zeros(qzeros, bits, n, plus)
+        return repack_codes(spec, codes, {"scale": (scales.name, scales.read().t()), "zero": (qzeros.name, zeros.t())})
+
+    return Weight((n, k), sources, planes, Scheme(spec))
 
 
 def columns_of(order: Stored | None, k: int, group: int) -> torch.Tensor | None:
@@ -80,6 +83,7 @@ def columns_of(order: Stored | None, k: int, group: int) -> torch.Tensor | None:
     if order is None:
         return None
     groups = order.read().clone()
+    order.release()
     count = -(-k // group)
     in_order = torch.arange(k, dtype=torch.int32) // group
     if torch.equal(groups, in_order):
@@ -92,17 +96,25 @@ def columns_of(order: Stored | None, k: int, group: int) -> torch.Tensor | None:
     return columns
 
 
-def _zeros(qzeros: Stored, bits: int, plus: int) -> torch.Tensor:
+def _all_ones(qzeros: Stored, bits: int, n: int) -> bool:
+    """Whether a stored zero point is 2^bits − 1, told from whole words where they hold whole codes."""
+    words = qzeros.read()
+    if 32 % bits:
+        found = unpack(Codes(Kind.STREAM, words, len(words), n, bits)) == 2**bits - 1
+    else:
+        together = words.clone()
+        for shift in range(1, bits):
+            together &= words >> shift
+        lowest = sum(1 << at for at in range(0, 32, bits))
+        found = (together & (lowest - 2**32 if lowest >= 2**31 else lowest)) != 0
+    qzeros.release()
+    return bool(found.any())
+
+
+def _zeros(qzeros: Stored, bits: int, n: int, plus: int) -> torch.Tensor:
     """uint8 [G, N]. A stored pattern of all ones plus one is 2^bits."""
-    zeros = unpack_stream(qzeros.read(), bits)
+    words = qzeros.read()
+    zeros = unpack(Codes(Kind.STREAM, words, len(words), n, bits))
     if plus and bits == 8 and bool((zeros == 255).any()):
         raise UnsupportedCheckpointError(f"{qzeros.name}: zero points of 256 in 8 bits are not read; save it as gptq_v2")
-    return zeros + plus
-
-
-def _planes(
-    spec: FormatSpec, qweight: Stored, scales: Stored, zeros: torch.Tensor, columns: torch.Tensor | None, bits: int
-) -> list[torch.Tensor]:
-    words, scale = qweight.read(), finite(scales.name, scales.read()).t()
-    n, k = words.shape[1], 32 * words.shape[0] // bits
-    return repack_codes(spec, Codes(Kind.COLUMNS, words, n, k, bits, order=columns), {"scale": scale, "zero": zeros.t()})
+    return zeros.add_(plus)

@@ -14,7 +14,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import CheckpointError, CorruptCheckpointError
+from ..errors import CheckpointError, CorruptCheckpointError, OptionError, nearest
 from ..formats.layout import check_planes
 from ..options import Options
 from ..owners import slot_at
@@ -39,6 +39,8 @@ class QCompileConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, policy: Any = None, saved: str | None = None, **kwargs: Any) -> None:
+        if unknown := sorted(set(kwargs) - {"quant_method"}):
+            raise OptionError(f"QCompileConfig has no setting {unknown[0]!r}. {nearest(unknown[0], ['policy'])}")
         self.quant_method = own.KEY  # type: ignore[assignment]
         self.saved = saved if saved is not None else Policy.parse(policy).to_json()
         """The policy as JSON; read again only where weights are to be packed."""
@@ -140,6 +142,12 @@ class _Attach(ConversionOps):  # type: ignore[misc]
         made = tensor_class(weight.scheme, weight.transposed)(planes, weight.shape, weight.dtype or torch.float32)
         check_planes(spec, planes, *made.nk, full_layer_name)
         return {full_layer_name: as_parameter(made)}
+
+
+def adopt(model: Any) -> None:
+    """Lets ``save_pretrained`` write a Hugging Face model that was packed without transformers' help."""
+    model.hf_quantizer = QCompileQuantizer(QCompileConfig(), pre_quantized=True)
+    model.config.quantization_config = model.hf_quantizer.quantization_config
 
 
 def _planned(model: Any, policy: Policy) -> dict[str, Conversion]:

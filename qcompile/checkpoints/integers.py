@@ -11,9 +11,8 @@ from ..formats import FormatSpec, Scheme, get
 from ..formats.integer import int8, symmetric, zero_point
 from .files import Stored
 from .gptq import SCALE_DTYPES, columns_of
-from .repack import Codes, Kind, repack_codes
-from .weight import Weight, finite
-from .words import unpack_padded, unpack_stream
+from .repack import Codes, Kind, repack_codes, unpack
+from .weight import Weight
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,11 @@ def integer_weight(
     if group < 2 or -(-k // group) != groups:
         raise CorruptCheckpointError(f"{scale.name}: {groups} groups do not divide {k} inputs")
     columns = columns_of(order.expect(torch.int32, k), k, group) if order is not None and groups > 1 else None
-    zeros = _zeros(zero, n, groups, bits) if zero is not None else None
-    spec = _spec(bits, group, SCALE_DTYPES[scale.dtype], zeros is not None, columns is not None, groups == 1)
+    if zero is not None:
+        _check_zeros(zero, n, groups, bits)
+    spec = _spec(bits, group, SCALE_DTYPES[scale.dtype], zero is not None, columns is not None, groups == 1)
     sources = (*(s for s in (codes.stored, scale, zero, order) if s is not None), *more)
-    return Weight((n, k), sources, lambda: _planes(spec, codes, scale, zeros, columns), Scheme(spec))
+    return Weight((n, k), sources, lambda: _planes(spec, codes, scale, zero, groups, columns), Scheme(spec))
 
 
 def _spec(bits: int, group: int, scale: str, asymmetric: bool, permuted: bool, whole_row: bool) -> FormatSpec:
@@ -68,28 +68,34 @@ def _spec(bits: int, group: int, scale: str, asymmetric: bool, permuted: bool, w
     return get("int8") if whole_row else get(int8(group, scale).name)
 
 
+def _check_zeros(zero: Stored, n: int, groups: int, bits: int) -> None:
+    """int8 [N, G] or one, or words along N of G columns."""
+    dense, loose = -(-n * bits // 32), -(-n // (32 // bits))
+    if zero.dtype == torch.int8 and zero.shape in ((n, groups), (1,), ()):
+        return
+    if zero.dtype != torch.int32 or zero.shape not in ((dense, groups), (loose, groups)):
+        raise CorruptCheckpointError(f"{zero.name}: {zero.dtype} {list(zero.shape)} for {n} outputs in {groups} groups; expected "
+                                     f"int8 [{n}, {groups}] or int32 [{dense}, {groups}]")  # fmt: skip
+
+
 def _zeros(zero: Stored, n: int, groups: int, bits: int) -> torch.Tensor:
     """uint8 [N, G], 2^(bits−1) added: int8 as they are, or packed along N."""
-    half = 2 ** (bits - 1)
+    half, values = 2 ** (bits - 1), zero.read()
     if zero.dtype == torch.int8:
-        if zero.shape not in ((n, groups), (1,), ()):
-            raise CorruptCheckpointError(f"{zero.name}: {list(zero.shape)} for {n} outputs in {groups} groups")
-        values = zero.read().to(torch.int16).reshape(-1, groups).expand(n, groups) + half
-        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
+        wide = values.to(torch.int16).reshape(-1, groups if values.numel() > 1 else 1).expand(n, groups) + half
+        if wide.numel() and not 0 <= int(wide.min()) <= int(wide.max()) < 2**bits:
             raise CorruptCheckpointError(f"{zero.name}: zero points outside of {bits} bits")
-        return values.to(torch.uint8)
-    words = zero.expect(torch.int32, None, groups).read().t()
-    dense, loose = -(-n * bits // 32), -(-n // (32 // bits))
-    if words.shape[1] not in (dense, loose):
-        raise CorruptCheckpointError(f"{zero.name}: {list(zero.shape)} for {n} outputs; expected [{dense}, {groups}]")
-    codes = unpack_stream(words, bits)[:, :n] if words.shape[1] == dense else unpack_padded(words, bits, n)
-    return codes.t().contiguous()
+        return wide.to(torch.uint8)
+    kind = Kind.STREAM if len(values) == -(-n * bits // 32) else Kind.PADDED
+    return unpack(Codes(kind, values.t().contiguous(), groups, n, bits)).t()
 
 
 def _planes(
-    spec: FormatSpec, codes: Integers, scale: Stored, zeros: torch.Tensor | None, columns: torch.Tensor | None
+    spec: FormatSpec, codes: Integers, scale: Stored, zero: Stored | None, groups: int, columns: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    scales = finite(scale.name, scale.read()).to(spec.scales[0].entry_dtype)
+    scales = scale.read().to(spec.scales[0].entry_dtype)
     scales = scales.reshape(1, 1).expand(codes.n, 1) if scales.numel() == 1 else scales
-    found = replace(codes.read(spec.code.dtype == "i8"), order=columns)
-    return repack_codes(spec, found, {"scale": scales} | ({} if zeros is None else {"zero": zeros}))
+    found, entries = replace(codes.read(spec.code.dtype == "i8"), order=columns), {"scale": (scale.name, scales)}
+    if zero is not None:
+        entries["zero"] = zero.name, _zeros(zero, codes.n, groups, codes.bits)
+    return repack_codes(spec, found, entries)

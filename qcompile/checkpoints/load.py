@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, CorruptCheckpointError, MissingTensorError, UnsupportedCheckpointError, nearest
-from ..plan import Plan
 from ..recorder import recorder_of
 from . import own, torchao
 from .attach import attach, fitted
@@ -53,13 +52,16 @@ def load(
             raise MissingTensorError(f"{path}: no config.json beside it; build the model yourself and pass it as model=")
         model = build(checkpoint.config, dtype, checkpoint.weights, lambda empty: fitted(empty, checkpoint))
         _generation(model, Path(path))
+        from .hf import adopt  # it imports transformers
+
+        adopt(model)
     attach(model, checkpoint, dtype, place)
     if checkpoint.adjust is not None:
         checkpoint.adjust(model)
     if place is not None:
         model.to(place)
     if checkpoint.plan is not None:
-        recorder_of(model).add(*Plan.from_json(checkpoint.plan))
+        recorder_of(model).add(*checkpoint.plan)
     return model
 
 

@@ -12,6 +12,7 @@ from ..errors import CheckpointError, CorruptCheckpointError, FormatError, QComp
 from ..formats import FormatSpec, Scheme, find, register_format, serial
 from ..formats.algebra import affine
 from ..formats.layout import check_planes
+from ..plan import Plan
 from .files import Stored, TensorFiles, parse_json
 from .weight import Checkpoint, Weight, finite, part, plain
 
@@ -21,10 +22,14 @@ KEY = "qcompile"
 VERSION = 1
 
 
-def describe(weights: Mapping[str, tuple[Scheme, tuple[int, ...], bool, torch.dtype]], tied: Mapping[str, str],
-             plan: str | None) -> str:  # fmt: skip
-    """The header's entry for packed ``weights``: (scheme, shape, transposed, dtype) by name of the parameter."""
-    schemes = {scheme.key: scheme for scheme, *_ in weights.values()}
+Packed = Mapping[str, tuple[Scheme, tuple[int, ...], bool, torch.dtype]]
+"""(scheme, shape, transposed, dtype) of packed parameters by name."""
+
+
+def describe(weights: Packed, tied: Mapping[str, str], plan: Plan) -> str:
+    """The header's entry for packed ``weights``, with all formats that they and the ``plan`` name."""
+    named = (scheme for record in plan for scheme in (record.decision.scheme, record.decision.wanted))
+    schemes = {scheme.key: scheme for scheme in (*(s for s, *_ in weights.values()), *named) if scheme is not None}
     return json.dumps({
         "version": VERSION,
         "formats": {s.format.name: serial.to_dict(s.format) for s in schemes.values()},
@@ -34,7 +39,7 @@ def describe(weights: Mapping[str, tuple[Scheme, tuple[int, ...], bool, torch.dt
             for name, (scheme, shape, transposed, dtype) in weights.items()
         },
         "tied": dict(tied),
-        "plan": plan,
+        "plan": plan.as_dict() if len(plan) else None,
     })  # fmt: skip
 
 
@@ -61,9 +66,16 @@ def read(files: TensorFiles) -> Checkpoint:
     for name, stored in files.tensors.items():
         if name not in taken:
             weights[name] = plain(stored)
-    plan = content.get("plan")
-    return Checkpoint("qcompile", weights, tied={str(a): str(b) for a, b in tied.items()},
-                      plan=plan if isinstance(plan, str) else None)  # fmt: skip
+    return Checkpoint("qcompile", weights, tied={str(a): str(b) for a, b in tied.items()}, plan=_plan(content.get("plan")))
+
+
+def _plan(content: Any) -> Plan | None:
+    if content is None:
+        return None
+    try:
+        return Plan.from_json(json.dumps(content))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptCheckpointError(f"the plan in the header cannot be read: {error!r}") from error
 
 
 def _dict(content: dict[str, Any], key: str, files: TensorFiles) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from torch import nn
 from ..errors import CheckpointError
 from ..formats import Scheme
 from ..owners import unwrapped
-from ..plan import Plan
 from ..recorder import recorder_of
 from ..tensor import QuantizedTensor
 from . import own
@@ -72,8 +71,7 @@ def flattened(model: nn.Module) -> tuple[dict[str, torch.Tensor], str]:
         if clash := sorted(set(found) & set(tensors)):
             raise CheckpointError(f"{clash[0]}: is both a parameter and a plane of another; rename the parameter")
         tensors |= {n: whole(t) for n, t in found.items()}
-    plan: Plan = recorder_of(model).plan
-    return tensors, own.describe(packed, tied, plan.to_json() if len(plan) else None)
+    return tensors, own.describe(packed, tied, recorder_of(model).plan)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

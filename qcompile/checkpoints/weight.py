@@ -13,6 +13,7 @@ from ..errors import CorruptCheckpointError
 from ..formats import Codebook, FormatSpec, Plane, Scheme
 from ..formats.layout import by_plane, unpack_plane
 from ..formats.reference import tile_rows
+from ..plan import Plan
 from .files import Stored, TensorFiles
 
 
@@ -54,7 +55,7 @@ class Checkpoint:
     config: Mapping[str, object] | None = None
     used: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
-    plan: str | None = None
+    plan: Plan | None = None
     adjust: Callable[[torch.nn.Module], None] | None = None
     named: Callable[[list[str]], dict[str, str]] | None = None
 
@@ -121,17 +122,15 @@ def rows_of(spec: FormatSpec, planes: Sequence[torch.Tensor], start: int, count:
 
 def finite(name: str, scales: torch.Tensor) -> torch.Tensor:
     """``scales``, if none is NaN or infinite. Raises :class:`CorruptCheckpointError` naming the tensor."""
-    if not torch.isfinite(scales.to(torch.float32)).all():
+    if not torch.isfinite(scales).all():
         raise CorruptCheckpointError(f"{name}: scales have NaN or infinite values; the file is damaged, download it again")
     return scales
 
 
-def finite_planes(name: str, spec: FormatSpec, planes: list[torch.Tensor]) -> list[torch.Tensor]:
-    """``planes``, if no scale of any is NaN or infinite. Raises :class:`CorruptCheckpointError` naming the tensor."""
+def valid_scales(name: str, spec: FormatSpec, planes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """``planes``, if no scale that a table gives is NaN or infinite. Raises :class:`CorruptCheckpointError` naming the tensor."""
     for stored, plane in zip(spec.parts, planes, strict=False):
-        if plane.is_floating_point():
-            finite(f"{name} (plane {stored.name})", plane)
-        elif not stored.plane.is_code and (book := _book_of(spec, stored.plane)) is not None:
+        if not stored.plane.is_code and stored.plane.is_integer and (book := _book_of(spec, stored.plane)) is not None:
             valid_codes(f"{name} (plane {stored.name})", plane, book)
     return planes
 

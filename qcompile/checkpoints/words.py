@@ -31,14 +31,6 @@ def _filled(data: torch.Tensor, multiple: int) -> torch.Tensor:
     return torch.nn.functional.pad(data, (0, -data.shape[1] % multiple)).contiguous()
 
 
-def unpack_padded(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """int32 ``[rows, words]`` → uint8 ``[rows, count]``: 32 // ``bits`` codes in each word, the lowest first, the rest unused."""
-    if 32 % bits == 0:
-        return unpack_stream(words, bits)[:, :count]
-    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(1)[:, :count]
-
-
 def from_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Codes of 4 bits ``[rows, K]`` → uint8 ``[rows, K/2]``, the first of each two in the lower half."""
     pair = codes.unflatten(1, (-1, 2))

@@ -15,7 +15,8 @@ struct Run {  // `count` bytes of a block from `src` on: `bits` bits from `bit` 
 };
 
 struct Part {  // a stored tensor: `bits` bits of each entry from bit `shift` on; `along` words, bytes or entries of a row
-  int32_t plane, code, item, bits, shift, reserved;
+  int32_t plane, code, item, bits, shift;
+  uint32_t exponent;  // bits of a float that are all ones if it is infinite or NaN; 0: not looked at
   int64_t along;
   uint8_t* out;
 };
@@ -58,10 +59,17 @@ void code_part(const Part& part, const uint8_t* codes, int64_t words, uint32_t* 
   }
 }
 
-void scale_part(const Part& part, const uint8_t* entries, int64_t count, uint8_t* out) {
+// Returns whether a float is infinite or NaN.
+bool scale_part(const Part& part, const uint8_t* entries, int64_t count, uint8_t* out) {
   if (part.bits >= 8) {
-    for (int64_t x = 0; x < count; ++x) std::memcpy(out + x * TILE * part.item, entries + x * part.item, part.item);
-    return;
+    bool bad = false;
+    for (int64_t x = 0; x < count; ++x) {
+      uint32_t value = 0;
+      std::memcpy(&value, entries + x * part.item, part.item);
+      std::memcpy(out + x * TILE * part.item, &value, part.item);
+      bad |= part.exponent && (value & part.exponent) == part.exponent;
+    }
+    return bad;
   }
   const int each = 8 / part.bits, mask = (1 << part.bits) - 1;
   for (int64_t x = 0; x < count; ++x) {
@@ -69,6 +77,7 @@ void scale_part(const Part& part, const uint8_t* entries, int64_t count, uint8_t
     for (int s = 0; s < each; ++s) byte |= ((entries[x * each + s] >> part.shift) & mask) << (part.bits * s);
     out[x * TILE] = (uint8_t)byte;
   }
+  return false;
 }
 
 // Eight codes of `bits` bits out of as many bytes, the lowest first.
@@ -162,15 +171,29 @@ bool word_by_word(const Source& s, int32_t part_count, int part_bits, const uint
   return s.bits == 4 && s.k % 8 == 0 && !s.flip && (s.kind == STREAM || s.kind == NIBBLES_HIGH || s.kind == COLUMNS);
 }
 
+constexpr int64_t BLOCK = 16;  // tiles of columns that are read together, so that a page is not visited for each
+
+// Tiles `first` … `last` of columns, 64 lines at a time: a kilobyte of each line, four of each tile.
+void words_of_columns(const Source& s, int64_t first, int64_t last, int64_t along, uint32_t* out) {
+  const int64_t words = s.k * s.bits / 32;
+  for (int64_t from = 0; from < words; from += 64)
+    for (int64_t t = first; t < last; ++t) {
+      const uint32_t* lines = (const uint32_t*)s.data + t * TILE;
+      const int64_t rows = s.n - t * TILE < TILE ? s.n - t * TILE : TILE;
+      for (int64_t w = from; w < words && w < from + 64; ++w) {
+        uint32_t* into = out + (t * along + w) * TILE;
+        if (rows == TILE)  // a known count becomes one vector
+          for (int l = 0; l < TILE; ++l) into[l] = eight_nibbles(lines[w * s.stride + l]);
+        else
+          for (int64_t l = 0; l < TILE; ++l) into[l] = l < rows ? eight_nibbles(lines[w * s.stride + l]) : 0;
+      }
+    }
+  for (int64_t t = first; t < last; ++t) std::memset(out + (t * along + words) * TILE, 0, (along - words) * TILE * 4);
+}
+
 void words_of_tile(const Source& s, int64_t row, int64_t rows, int64_t along, uint32_t* out) {
   const int64_t words = s.k * s.bits / 32;
   if (rows < TILE || words < along) std::memset(out, 0, along * TILE * 4);
-  if (s.kind == COLUMNS) {
-    const uint32_t* lines = (const uint32_t*)s.data;
-    for (int64_t w = 0; w < words; ++w)
-      for (int64_t l = 0; l < rows; ++l) out[w * TILE + l] = eight_nibbles(lines[w * s.stride + row + l]);
-    return;
-  }
   for (int64_t from = 0; from < words; from += 64)  // 64 words of sixteen rows stay in the first cache
     for (int64_t l = 0; l < rows; ++l) {
       const uint8_t* data = s.data + (row + l) * s.stride;
@@ -185,12 +208,14 @@ void words_of_tile(const Source& s, int64_t row, int64_t rows, int64_t along, ui
 
 }  // namespace
 
-// Rows of blocks → all parts of all planes. `entries`: bytes that a plane's entries take in a block.
-extern "C" __attribute__((visibility("default"))) void qc_repack_blocks(
+// Rows of blocks → all parts of all planes. `entries`: bytes that a plane's entries take in a block. Returns whether a scale is
+// infinite or NaN.
+extern "C" __attribute__((visibility("default"))) int32_t qc_repack_blocks(
     const uint8_t* data, int64_t n, int64_t blocks, int64_t size, const Run* runs, int32_t run_count, const int32_t* entries,
     int32_t planes, const Part* parts, int32_t part_count, int32_t threads) {
   const int64_t tiles = (n + TILE - 1) / TILE;
-#pragma omp parallel for num_threads(threads) schedule(static)
+  int32_t bad = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8) reduction(| : bad)
   for (int64_t t = 0; t < tiles; ++t) {
     uint8_t held[8][512];
     for (int64_t b = 0; b < blocks; ++b)
@@ -204,10 +229,11 @@ extern "C" __attribute__((visibility("default"))) void qc_repack_blocks(
           const int64_t each = part.along / blocks;
           uint8_t* out = part.out + ((t * part.along + b * each) * TILE + l) * part.item;
           if (part.code) code_part(part, held[part.plane], each, (uint32_t*)out);
-          else scale_part(part, held[part.plane], each, out);
+          else bad |= scale_part(part, held[part.plane], each, out);
         }
       }
   }
+  return bad;
 }
 
 // Codes of a source → the parts of the one plane of codes, `cols` of them in a row. `seen` (256 bytes, or null): which codes occur.
@@ -215,8 +241,15 @@ extern "C" __attribute__((visibility("default"))) void qc_repack_codes(
     const Source* source, int64_t cols, const Part* parts, int32_t part_count, uint8_t* seen, int32_t threads) {
   const Source& s = *source;
   const int64_t tiles = (s.n + TILE - 1) / TILE;
-  if (word_by_word(s, part_count, parts[0].bits, seen)) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+  const bool words = word_by_word(s, part_count, parts[0].bits, seen);
+  if (words && s.kind == COLUMNS) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t t = 0; t < tiles; t += BLOCK)
+      words_of_columns(s, t, t + BLOCK < tiles ? t + BLOCK : tiles, parts[0].along, (uint32_t*)parts[0].out);
+    return;
+  }
+  if (words) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t rows = s.n - t * TILE < TILE ? s.n - t * TILE : TILE;
       words_of_tile(s, t * TILE, rows, parts[0].along, (uint32_t*)parts[0].out + t * parts[0].along * TILE);
@@ -226,7 +259,7 @@ extern "C" __attribute__((visibility("default"))) void qc_repack_codes(
 #pragma omp parallel num_threads(threads)
   {
     std::vector<uint8_t> held(TILE * (cols + 64)), moved(s.order ? cols : 0);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = t * TILE, rows = s.n - row < TILE ? s.n - row : TILE;
       std::fill(held.begin(), held.end(), 0);
@@ -250,6 +283,52 @@ extern "C" __attribute__((visibility("default"))) void qc_repack_codes(
         for (int i = 0; i < part_count; ++i)
           code_part(parts[i], codes, parts[i].along, (uint32_t*)parts[i].out + t * parts[i].along * TILE + l);
       }
+    }
+  }
+}
+
+// Entries of a plane of scales, [n, count] with strides in bytes, → its parts. Returns whether one is infinite or NaN.
+extern "C" __attribute__((visibility("default"))) int32_t qc_repack_entries(
+    const uint8_t* data, int64_t n, int64_t count, int64_t row_stride, int64_t column_stride, const Part* parts, int32_t part_count,
+    int32_t threads) {
+  const int64_t tiles = (n + TILE - 1) / TILE;
+  int32_t bad = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8) reduction(| : bad)
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t row = t * TILE, rows = n - row < TILE ? n - row : TILE;
+    for (int i = 0; i < part_count; ++i) {
+      const Part& part = parts[i];
+      const int each = part.bits < 8 ? 8 / part.bits : 1;
+      const uint32_t mask = (1u << (part.bits & 7)) - 1;
+      uint8_t* out = part.out + t * part.along * TILE * part.item;
+      std::memset(out, 0, part.along * TILE * part.item);
+      for (int64_t e = 0; e < count && e / each < part.along; ++e)
+        for (int64_t l = 0; l < rows; ++l) {
+          const uint8_t* from = data + (row + l) * row_stride + e * column_stride;
+          if (part.bits < 8) {
+            out[e / each * TILE + l] |= ((*from >> part.shift) & mask) << (part.bits * (e % each));
+          } else {
+            uint32_t value = 0;
+            std::memcpy(&value, from, part.item);
+            bad |= part.exponent && (value & part.exponent) == part.exponent;
+            std::memcpy(out + (e * TILE + l) * part.item, &value, part.item);
+          }
+        }
+    }
+  }
+  return bad;
+}
+
+// Codes of a source of rows → bytes [n, k].
+extern "C" __attribute__((visibility("default"))) void qc_unpack(const Source* source, uint8_t* out, int32_t threads) {
+  const Source& s = *source;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<uint8_t> held(s.k + 64);
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t row = 0; row < s.n; ++row) {
+      row_codes(s, row, held.data());
+      std::memcpy(out + row * s.k, held.data(), s.k);
     }
   }
 }
