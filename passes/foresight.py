@@ -66,22 +66,20 @@ class Foresight:
         return [g.original if (g := self.guesses.get(id(v))) is not None else v for v in inputs]
 
     def confirms(self, inputs: Sequence[Any], conversions: Sequence[Conversion]) -> list[Conversion] | None:
-        """The conversions, each with the parameter that was traced, if the graph's ``inputs`` are of the types that they will
-        give; None if not, and then the graph must be traced again."""
-        by_original = {id(g.original): g for g in self.guesses.values()}
+        """The conversions, each with the parameter that was traced, if every guess is what they will give and the graph's
+        ``inputs`` need no other; None if not, and then the graph must be traced again."""
+        guesses = {id(g.original): g for g in self.guesses.values()}
         wanted = {id(c.slots[0].get()): tensor_class(c.scheme, c.transposed) for c in conversions}
-        for value in inputs:
-            guess = self.guesses.get(id(value))
-            if guess is not None and wanted.get(id(guess.original)) is not type(value):
-                return None
-            if guess is None and id(value) in wanted:
-                return None
+        if any(not isinstance(g.parameter, wanted.get(at, ())) for at, g in guesses.items()):
+            return None  # also of a weight that is no input: the trace may have looked at it
+        if any(id(v) in wanted for v in inputs):
+            return None
         made = []
         for conversion in conversions:
-            guess = by_original.get(id(conversion.slots[0].get()))
-            fits = guess is not None and isinstance(guess.parameter, wanted[id(guess.original)])
-            made.append(dataclasses.replace(conversion, packed=guess.packed, traced=guess.parameter)  # type: ignore[union-attr]
-                        if fits else conversion)  # fmt: skip
+            guess = guesses.get(id(conversion.slots[0].get()))
+            if guess is not None:
+                conversion = dataclasses.replace(conversion, packed=guess.packed, traced=guess.parameter)
+            made.append(conversion)
         return made
 
     def remember(self, root: nn.Module | None, owners: Owners, conversions: Sequence[Conversion]) -> None:

@@ -115,8 +115,8 @@ def _quantizer(spec: FormatSpec) -> str | None:
 
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 over the values of ``tensor`` in row-major order: of the digests of its blocks, which threads share."""
-    if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.is_meta:
-        raise FingerprintError(f"a tensor on {tensor.device} without values has no fingerprint")
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta:
+        raise FingerprintError(f"a {type(tensor).__name__} on {tensor.device} has no values of its own, and so no fingerprint")
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
 
     def one(start: int) -> bytes:
