@@ -12,7 +12,7 @@ from rich.table import Table
 from .machine import RESULTS, save
 from .plots import draw
 
-QUESTIONS = ("linear", "formats", "attention", "model", "overhead", "startup", "memory", "accuracy")
+QUESTIONS = ("linear", "formats", "attention", "model", "source", "kernels", "overhead", "startup", "memory", "accuracy", "load")
 
 app = typer.Typer(add_completion=False)
 

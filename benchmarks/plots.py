@@ -24,7 +24,8 @@ def linear(rows: Rows, axes: Any) -> None:
 
 def formats(rows: Rows, axes: Any) -> None:
     """Speed-up of one row in every format; dots are what its bits alone would give."""
-    own = sorted((r for r in rows if r["scheme"] != "baseline"), key=lambda r: (r["bits"], r["scheme"]), reverse=True)
+    one = (r for r in rows if r["scheme"] != "baseline" and r["rows"] == 1)
+    own = sorted(one, key=lambda r: (r["bits"], r["scheme"]), reverse=True)
     names = [f"{r['scheme']} ({r['bits']:.2f})" for r in own]
     axes.barh(names, [r["speedup"] for r in own])
     axes.plot([16 / r["bits"] for r in own], names, "o", color="black", markersize=3, label="16 bits / bits")

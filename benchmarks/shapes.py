@@ -9,6 +9,9 @@ LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_he
               "head_dim": 128, "max_position_embeddings": 8192}  # fmt: skip
 """Per-layer sizes of Llama-3-8B (its published config.json)."""
 
+LLAMA_3_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
+               "head_dim": 128, "max_position_embeddings": 8192}  # fmt: skip
+"""Per-layer sizes of Llama-3-70B (its published config.json)."""
 
 QWEN3_06B = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
              "head_dim": 128, "max_position_embeddings": 8192}  # fmt: skip

@@ -6,8 +6,10 @@ errors of earlier ones. One Hessian is alive at a time.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +17,19 @@ from torch import nn
 from torch.fx import Interpreter, Node
 
 from qcompile.calibrate import gptq
+from qcompile.errors import FingerprintError
 from qcompile.formats import FormatSpec, reference
 from qcompile.formats.spec import TILE_N
+from qcompile.packing import Packed, known, packed
+from qcompile.store import code_version, the_store
 
+from .fingerprint import fingerprint
 from .trace import op_name, operand, resolve
 from .vocabulary import WEIGHT_OPERANDS
 
 GPTQ = "rounded by GPTQ"
 UNSEEN = "the layer's inputs were not seen before it was packed"
+ROUNDED = "rounded.json"
 NOT_MULTIPLIED = "no linear layer of this graph multiplies by it"
 CHUNK_ELEMENTS = 1 << 24
 """Inputs and weights widened to float32 at a time."""
@@ -32,37 +39,77 @@ Planes = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight to round: its ``layer``, for messages, and its ``format``."""
+    """A weight to round: its ``layer``, for messages, its ``format``, and whether it is stored ``[K, N]``."""
 
     layer: str
     format: FormatSpec
+    transposed: bool = False
 
 
 def rounded(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], weights: Mapping[str, Weight]
-) -> dict[str, Planes | str]:
-    """Packed planes of ``weights``, by the name of the placeholder; or the reason why a weight has none.
+) -> dict[str, Packed | str]:
+    """``weights``, by the name of the placeholder, as GPTQ packs them; or the reason why it does not pack one.
 
     ``example_inputs`` are the real tensors of the call; tensors other than parameters are copied first, so that caches
     which the graph writes to stay as they are, and so does the state of random numbers. A weight used several times is
-    fitted to the inputs of its first use alone. Raises :class:`~qcompile.errors.WeightError`, naming the layer, for
-    weights or inputs with NaN or infinite values.
+    fitted to the inputs of its first use alone. The same graph on the same values is run once on a machine. Raises
+    :class:`~qcompile.errors.WeightError`, naming the layer, for weights or inputs with NaN or infinite values.
     """
-    found: dict[str, Planes | str] = {}
-    for name, weight in weights.items():
-        found[name] = gptq.why_not(weight.format) or NOT_MULTIPLIED
+    found: dict[str, Packed | str] = {name: gptq.why_not(w.format) or NOT_MULTIPLIED for name, w in weights.items()}
     served = {name: w for name, w in weights.items() if found[name] == NOT_MULTIPLIED}
+    if not served:
+        return found
     if any(isinstance(v, torch._subclasses.FakeTensor) for v in example_inputs):
         return found | dict.fromkeys(served, "the inputs are fake tensors")
+    values = dict(zip((n.name for n in gm.graph.find_nodes(op="placeholder")), example_inputs, strict=True))
+    try:
+        parts = {"graph": fingerprint(gm, example_inputs), "formats": {n: w.format.fingerprint for n, w in served.items()},
+                 "code": code_version("qcompile.passes", "qcompile.calibrate"), "torch": torch.__version__}  # fmt: skip
+    except FingerprintError:
+        return found | _packed(values, served, _run(gm, example_inputs, served), None)
+    with the_store().making("calibration", parts) as slot:
+        if slot.found is not None and (kept := _kept(slot.found, values, served, parts)) is not None:
+            return found | kept
+        made = _run(gm, example_inputs, served)
+        slot.put(lambda folder: (folder / ROUNDED).write_text(json.dumps(list(made))))
+        return found | _packed(values, served, made, parts)
+
+
+def _kept(folder: Path, values: Mapping[str, Any], served: Mapping[str, Weight], parts: Any) -> dict[str, Packed] | None:
+    """What an earlier run rounded, if the store still has all of it."""
+    found = {}
+    for name in json.loads((folder / ROUNDED).read_text()):
+        weight = served[name]
+        packed = known(values[name], weight.format, transposed=weight.transposed, rounding=["gptq", name, parts])
+        if packed is None:
+            return None
+        found[name] = packed
+    return found
+
+
+def _packed(
+    values: Mapping[str, Any], served: Mapping[str, Weight], made: Mapping[str, Planes], parts: Any
+) -> dict[str, Packed]:
+    """The planes of a run with what reports tell of them, kept under ``parts``; None: not kept."""
+    found = {}
+    for name, planes in made.items():
+        w = served[name]
+        found[name] = packed(values[name], w.format, transposed=w.transposed, layer=w.layer, planes=planes,
+                             rounding=None if parts is None else ["gptq", name, parts])  # fmt: skip
+    return found
+
+
+def _run(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], weights: Mapping[str, Weight]) -> dict[str, Planes]:
     devices = {v.device for v in example_inputs if isinstance(v, torch.Tensor) and v.is_cuda}
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(list(devices)):
-        run = _Calibration(gm, served)
+        run = _Calibration(gm, weights)
         try:
             run.run(*map(_own, example_inputs))
         except Exception as error:
             error.add_note("raised while qcompile ran the graph once for rounding='gptq'; rounding='nearest' needs no run")
             raise
-    return found | run.planes
+    return run.planes
 
 
 def _own(value: Any) -> Any:

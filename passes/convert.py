@@ -12,9 +12,10 @@ from torch import nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 
 from qcompile.errors import QCompileError, WeightError
-from qcompile.formats import Scheme, reference
+from qcompile.formats import Scheme
 from qcompile.owners import Slot
-from qcompile.tensor import QuantizedTensor, as_parameter, quantize, tensor_class
+from qcompile.packing import Packed, packed
+from qcompile.tensor import QuantizedTensor, as_parameter
 
 ORIGINALS = "_qcompile_originals"
 """Attribute of a module that keeps its float parameters by name under ``weights="keep"``."""
@@ -24,10 +25,11 @@ ORIGINALS = "_qcompile_originals"
 class Conversion:
     """One parameter to pack: every slot that holds it, the scheme, and who hears of the result.
 
-    ``looked_up``: it is an embedding's table, which no calibration rounds. ``planes`` are those of the packed weight where
-    a calibration has rounded it (None: round to nearest).
-    ``done(packed, bytes before, SQNR in dB)`` is called once it is stored; ``failed(reason)``, if there is one, in place of
-    raising when the weight cannot be packed, which then stays as it is.
+    ``looked_up``: it is an embedding's table, which no calibration rounds. ``packed`` is the weight where a calibration has
+    rounded it (None: round to nearest).
+    ``traced``: the parameter to store, where Dynamo has traced it already. ``done(packed, bytes before, SQNR in dB)`` is
+    called once it is stored; ``failed(reason)``, if there is one, in place of raising when the weight cannot be packed, which
+    then stays as it is.
     """
 
     layer: str
@@ -36,7 +38,8 @@ class Conversion:
     transposed: bool
     keep: bool
     done: Callable[[QuantizedTensor, int, float], None]
-    planes: tuple[torch.Tensor, ...] | None = None
+    packed: Packed | None = None
+    traced: nn.Parameter | None = None
     looked_up: bool = False
     failed: Callable[[str], None] | None = None
 
@@ -46,7 +49,7 @@ class Conversion:
         if original is None or isinstance(original, QuantizedTensor):
             return
         try:
-            parameter = as_parameter(self._pack(original))
+            parameter = self.pack(original)
         except WeightError as error:
             if self.failed is None:
                 raise
@@ -62,17 +65,18 @@ class Conversion:
         no values to measure."""
         original = self.slots[0].get()
         if original is not None and not isinstance(original, QuantizedTensor) and not original.is_meta:
-            self._pack(original)
+            self.pack(original)
 
-    @torch.no_grad()
-    def _pack(self, original: nn.Parameter) -> QuantizedTensor:
-        if self.planes is not None:
-            packed = tensor_class(self.scheme, self.transposed)(self.planes, original.shape, original.dtype)
+    def pack(self, original: torch.Tensor) -> nn.Parameter:
+        """``original`` packed; ``done`` hears of it."""
+        made = self.packed or packed(original, self.scheme.format, transposed=self.transposed, layer=self.layer)
+        if self.traced is None:
+            parameter = as_parameter(made.tensor(self.scheme, self.transposed, original.shape, original.dtype))
         else:
-            packed = quantize(original, self.scheme, transposed=self.transposed, layer=self.layer)
-        matrix = original.detach().t() if self.transposed else original.detach()
-        self.done(packed, original.nbytes, reference.sqnr(self.scheme.format, packed.planes, matrix))
-        return packed
+            parameter = self.traced
+            parameter.own_planes_()  # type: ignore[attr-defined]
+        self.done(parameter, original.nbytes, made.sqnr)  # type: ignore[arg-type]
+        return parameter
 
 
 class Retrace(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):

@@ -13,7 +13,7 @@ from torch import nn
 from qcompile import target
 from qcompile.errors import KernelBuildError
 from qcompile.formats import Scheme, register_scheme
-from qcompile.kernels import attention_for, for_key
+from qcompile.kernels import attention_for, begin, for_key
 from qcompile.options import Options
 from qcompile.owners import Owners, Slot, slot_at
 from qcompile.plan import Decision, Plan, Record, Site
@@ -50,19 +50,25 @@ class Compilation:
         example_inputs: Sequence[Any],
         options: Options,
         recorder: Recorder | None = None,
+        owners: Owners | None = None,
     ) -> None:
-        self.gm, self.example_inputs, self.options = gm, example_inputs, options
+        self.gm, self.options = gm, options
         self.rounding: dict[str, str] | None = {} if options.rounding == "gptq" else None
-        self.owners = Owners()
-        names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-        self.values = dict(zip(names, example_inputs, strict=True))
-        self.parameters = [v for v in self.values.values() if id(v) in self.owners.slots]
+        self.owners = owners or Owners()
+        self.look_at(example_inputs)
         self.root = self.owners.root(self.parameters[0]) if self.parameters else None
         self.recorder = recorder or recorder_of(self.root)
         self.sites = discover(gm, example_inputs, self.owners.name)
         self.device = _device(self.values.values())
         self.target = target.of(self.device)
         self.recorder.policy = options.policy.resolved(self.target)
+
+    def look_at(self, inputs: Sequence[Any]) -> None:
+        """Takes ``inputs`` as those of the graph, and lets go of those before."""
+        self.example_inputs = inputs
+        names = [n.name for n in self.gm.graph.find_nodes(op="placeholder")]
+        self.values = dict(zip(names, inputs, strict=True))
+        self.parameters = [v for v in self.values.values() if id(v) in self.owners.slots]
 
     def conversions(self) -> list[Conversion]:
         """Records every site, and returns the weights to pack, each once: those of this graph, then of its siblings.
@@ -82,7 +88,7 @@ class Compilation:
             for sibling in siblings(self.owners, self.root, owned):
                 self._decide([sibling.rename(s) for s in loose], found)
         if self.options.rounding == "gptq":
-            warn_of_nearest([c.layer for c in found.values() if c.planes is None and not c.looked_up])
+            warn_of_nearest([c.layer for c in found.values() if c.packed is None and not c.looked_up])
         if self.options.strict:
             self.recorder.plan.require_all()
         return list(found.values())
@@ -96,6 +102,8 @@ class Compilation:
         wanted = [(c.scheme, c.layer, False) for c in conversions]
         wanted += [(d.scheme, d.site.name, True) for d in attention if d.scheme is not None]
         broken = False
+        if self.device.type != "meta":
+            begin({register_scheme(c.scheme) for c in conversions}, self.device.type)
         for scheme, attends in dict.fromkeys((s, a) for s, _, a in wanted):
             layers = [layer for s, layer, a in wanted if (s, a) == (scheme, attends)]
             broken |= not self._builds(scheme, attends, layers)
@@ -169,17 +177,17 @@ class Compilation:
         return functools.partial(note_failure, self.recorder, site.parameter, site.name)
 
     def _calibrated(self, found: dict[int, Conversion]) -> dict[int, Conversion]:
-        """The conversions of this graph's weights, with planes that GPTQ found on the inputs of the call."""
+        """The conversions of this graph's weights, as GPTQ rounds them on the inputs of the call."""
         assert self.rounding is not None
         here = {name: found[id(v)] for name, v in self.values.items() if id(v) in found}
         self.rounding |= {self.owners.name(self.values[name]) or "": TABLE for name, c in here.items() if c.looked_up}
-        weights = {name: Weight(c.layer, c.scheme.format) for name, c in here.items() if not c.looked_up}
+        weights = {name: Weight(c.layer, c.scheme.format, c.transposed) for name, c in here.items() if not c.looked_up}
         made: dict[int, Conversion] = {}
         for name, result in rounded(self.gm, self.example_inputs, weights).items():
             parameter = self.values[name]
             self.rounding[self.owners.name(parameter) or ""] = result if isinstance(result, str) else GPTQ
             if not isinstance(result, str):
-                made[id(parameter)] = dataclasses.replace(found[id(parameter)], planes=result)
+                made[id(parameter)] = dataclasses.replace(found[id(parameter)], packed=result)
         return made
 
     def _restricted(self, site: Site) -> Site:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import explain, quantize_
     from .bisection import bisect
+    from .checkpoints.hf import QCompileConfig
+    from .checkpoints.load import load
+    from .checkpoints.save import save
     from .comparison import compare
     from .formats import ROW, Codebook, FormatSpec, Plane, Scheme, register_format, symbols
     from .kv_cache import KVCache, PagedKVCache
@@ -18,16 +21,19 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .policy import Policy
     from .tensor import QuantizedTensor
+    from .warm import warmup
 
 _HOMES = {
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
-    "compare": "comparison", "bisect": "bisection",
+    "compare": "comparison", "bisect": "bisection", "warmup": "warm",
     "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
+    "load": "checkpoints.load", "save": "checkpoints.save", "QCompileConfig": "checkpoints.hf",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
-__all__ = ["ROW", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy", "QuantizedTensor", "Scheme",
-           "bisect", "compare", "explain", "quantize_", "register_format", "restore_", "symbols"]  # fmt: skip
+__all__ = ["ROW", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy", "QCompileConfig",
+           "QuantizedTensor", "Scheme", "bisect", "compare", "explain", "load", "quantize_", "register_format", "restore_",
+           "save", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 

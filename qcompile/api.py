@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ from torch import nn
 
 from .options import Options
 from .owners import Owners, unwrapped
-from .passes.convert import Conversion
-from .passes.pipeline import Compilation
+from .passes.trace_ahead import Look
 from .plan import Decision, Record, Site
 from .recorder import Recorder, recorder_of
-from .report import Picture, Report
+from .report import Report
 from .tensor import QuantizedTensor
 from .timing import times
 from .tracing import call_through
@@ -78,20 +76,3 @@ def _unseen(model: nn.Module, recorder: Recorder) -> list[Record]:
                     unsupported=reason, parameter=name)  # fmt: skip
         records.append(Record.of(Decision(site, None, "none", reason)))
     return records
-
-
-class Look:
-    """A backend that takes down what qcompile would do with each graph and runs it as it is. ``packs``: its conversions will be
-    run, so their kernels are built."""
-
-    def __init__(self, options: Options, recorder: Recorder, packs: bool = False) -> None:
-        self.options, self.recorder, self.packs = options, recorder, packs
-        self.conversions: list[Conversion] = []
-        self.graphs: list[Picture] = []
-
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        compilation = Compilation(gm, example_inputs, self.options, self.recorder)
-        found = compilation.conversions()
-        self.conversions += compilation.ready(found) if self.packs else found
-        self.graphs.append(compilation.picture(f"graph {len(self.graphs)}"))
-        return gm.forward

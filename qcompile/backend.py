@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.callback import callback_handler
 
-from . import trail
+from . import artifacts, trail
 from .dynamo_errors import as_themselves
 from .guards import drop_plane_guards
 from .options import Options
+from .passes import foresight
 from .passes.convert import Pending, Retrace
 from .passes.kv_cache import packs_caches
 from .passes.pipeline import Compilation
@@ -30,6 +32,7 @@ def qcompile(
     model its weights are packed and Dynamo traces again over the packed ones. For the options see
     :class:`~qcompile.options.Options`. Raises the errors of :mod:`qcompile.errors` as themselves.
     """
+    listen()
     with as_themselves():
         parsed = Options.parse(options, mode)
         with on_failure(gm, example_inputs, parsed):
@@ -38,13 +41,21 @@ def qcompile(
 
 def _compiled(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) -> Callable[..., Any]:
     Pending.finish_all()
-    compilation = Compilation(gm, example_inputs, parsed)
+    foreseen = foresight.take()
+    compilation = Compilation(gm, foreseen.floats(example_inputs), parsed, owners=foreseen.owners)
     switched = packs_caches(compilation.root, parsed.kv_cache)
     conversions = compilation.ready(compilation.conversions())
     if conversions or switched:
         trail.graph(gm, "before")
+    confirmed = None if switched else foreseen.confirms(example_inputs, conversions)
+    if confirmed is None:
+        foreseen.remember(compilation.root, compilation.owners, conversions)
         raise Retrace(conversions)
     compilation.lower_attention()
+    compilation.look_at(example_inputs)
+    del foreseen, conversions  # with them the last of each float weight goes as its packed form stands
+    while confirmed:
+        confirmed.pop(0).run()
     _leave(gm, compilation)
     drop_plane_guards(gm, example_inputs)
     from torch._inductor.compile_fx import compile_fx
@@ -76,3 +87,22 @@ def _reset() -> None:
 
 
 qcompile.reset = _reset  # type: ignore[attr-defined]
+
+
+def _begin(_: object) -> None:
+    foresight.begin(qcompile)
+
+
+def _end(_: object) -> None:
+    foresight.end()
+
+
+def listen() -> None:
+    """Has Dynamo tell when compilations begin and end. ``torch._dynamo.reset()`` makes it forget; the next graph reminds it."""
+    if _begin not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_begin)
+        callback_handler.register_end_callback(_end)
+
+
+artifacts.register()
+listen()

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .codegen.cpp_build import cache_dir, compiler
+from .codegen.cpp_build import compiler
 from .errors import KernelBuildError, nearest
+from .store import the_store
+from .store.entry import Entry
 from .target import of
 from .variables import VARIABLES
 
@@ -104,13 +106,13 @@ def _toolchain() -> Iterator[Finding]:
 
 
 def _cache() -> Finding:
-    folder = cache_dir()
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    if not os.access(existing, os.W_OK):
-        return Finding("cache", str(folder), BROKEN, "it cannot be written; set QCOMPILE_CACHE_DIR to a folder that can")
-    libraries = list(folder.glob("*.so"))
-    size = sum(p.stat().st_size for p in libraries)
-    return Finding("cache", f"{folder}: {len(libraries)} kernels, {size / 1e6:.1f} MB")
+    store = the_store()
+    existing = next(p for p in (store.root, *store.root.parents) if p.exists())
+    if not os.access(existing, os.W_OK) or not existing.is_dir():
+        return Finding("cache", str(store.root), SLOW, "it cannot be written, so everything is made again by each process; set "
+                       "QCOMPILE_CACHE_DIR to a folder that can")  # fmt: skip
+    sizes = [entry.nbytes for _, entry in store.entries() if isinstance(entry, Entry)]
+    return Finding("cache", f"{store.root}: {len(sizes)} entries, {sum(sizes) / 1e6:.1f} MB of {store.bound / 1e6:.0f}")
 
 
 def _variables() -> Iterator[Finding]:

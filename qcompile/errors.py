@@ -55,6 +55,34 @@ class UnsupportedOnTensorError(QCompileError, NotImplementedError):
     """A PyTorch function has no meaning on packed weights; the message says which and how to get a float tensor."""
 
 
+class FingerprintError(QCompileError, TypeError):
+    """What something is made from cannot be told in full, so it is made each time and not kept in the cache."""
+
+
+class CacheError(QCompileError):
+    """The cache, or a bundle of it, cannot be used as asked; the message says which entry and why."""
+
+
+class DamagedEntryError(CacheError):
+    """An entry of the cache is not what was written. It is put aside and made again."""
+
+
+class CheckpointError(QCompileError, ValueError):
+    """A checkpoint cannot be read into a model, or a model cannot be written as one."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """What a file says of itself does not hold: sizes, offsets, shapes, dtypes, scales. The message names the tensor."""
+
+
+class UnsupportedCheckpointError(CheckpointError):
+    """A file is sound, but holds a type or layout that has no reader here, or that the wanted layout has no place for."""
+
+
+class MissingTensorError(CheckpointError):
+    """A file or shard is not there, a parameter has no tensor in the file, or a tensor of the file has no parameter."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``Did you mean …? Known: …`` for an unknown ``name``."""
     names = sorted(set(known))

@@ -37,14 +37,28 @@ def drop_plane_guards(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -
     redundant = [g for g in guards if _redundant(g, packed)]
     for guard in redundant:
         guards.inner.discard(guard)
+    shapes = getattr(context.fake_mode, "shape_env", None)
+    if shapes is not None and shapes.tracked_fakes:  # whose symbols Dynamo looks for, tensor by tensor: those have none
+        shapes.tracked_fakes[:] = [t for t in shapes.tracked_fakes if not (_belongs(t.source, packed) and _fixed(t.fake))]
     return len(redundant)
 
 
 def _redundant(guard: Any, packed: set[Any]) -> bool:
-    source = guard.originating_source
-    if source in packed:
+    if guard.originating_source in packed:
         return guard.create_fn_name() in IMPLIED
-    while (source := getattr(source, "base", None)) is not None:
-        if source in packed:
-            return True
-    return False
+    return _belongs(guard.originating_source, packed)
+
+
+def _belongs(source: Any, packed: set[Any]) -> bool:
+    """Whether ``source`` is a packed parameter or inside one."""
+    while source is not None and source not in packed:
+        source = getattr(source, "base", None)
+    return source is not None
+
+
+def _fixed(fake: Any) -> bool:
+    """Whether no size, stride or offset of a tensor, or of its planes, is symbolic."""
+    inner = fake.planes if isinstance(fake, QuantizedTensor) else []
+    return isinstance(fake, torch.Tensor) and all(
+        isinstance(n, int) for t in (fake, *inner) for n in (*t.shape, *t.stride(), t.storage_offset())
+    )

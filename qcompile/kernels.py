@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
+from .errors import QCompileError
 from .formats import Scheme, scheme_of
 
 
@@ -132,4 +135,28 @@ def _put_back(stored: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def for_key(key: str, device_type: str) -> Kernels:
     """:func:`for_scheme` for an operator's scheme key."""
-    return for_scheme(scheme_of(key), device_type)
+    begun = _begun.get((key, device_type))
+    try:
+        return for_scheme(scheme_of(key), device_type) if begun is None else begun.result()
+    except QCompileError:
+        _begun.pop((key, device_type), None)
+        raise
+
+
+_begun: dict[tuple[str, str], Future[Kernels]] = {}
+
+
+def begin(keys: Iterable[str], device_type: str) -> None:
+    """Generates and compiles, beside what this thread does next, what :func:`for_key` will be asked for; it waits for that."""
+    for key in keys:
+        if (key, device_type) not in _begun:
+            done: Future[Kernels] = Future()
+            _begun[key, device_type] = done
+            threading.Thread(target=_finish, args=(done, key, device_type), daemon=True).start()
+
+
+def _finish(done: Future[Kernels], key: str, device_type: str) -> None:
+    try:
+        done.set_result(for_scheme(scheme_of(key), device_type))
+    except BaseException as error:  # it is the one who asks for the kernels that must see it
+        done.set_exception(error)

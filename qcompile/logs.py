@@ -1,8 +1,8 @@
 """Logs as users of PyTorch know them: ``TORCH_LOGS="+qcompile"``, or one of the artefacts ``qcompile_graph``,
 ``qcompile_plan``, ``qcompile_code``.
 
-``import torch`` calls :func:`register` through the entry point ``torch.backends``, before it reads ``TORCH_LOGS``. So this
-module imports nothing of the package and little of torch.
+``import torch`` calls :func:`register` (see :mod:`.autoload`) before it reads ``TORCH_LOGS``. So this module
+imports nothing of the package and little of torch.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 VARIABLES = {
-    "QCOMPILE_CACHE_DIR": "folder of compiled and generated kernels; else the user's cache folder",
+    "QCOMPILE_CACHE_DIR": "folder of the cache; else the user's cache folder",
+    "QCOMPILE_CACHE_SIZE": "bytes that the cache may take, such as 20G (the default is 50G); 0: nothing is kept",
     "QCOMPILE_EXAMPLES_DIR": "where the examples and tests keep the decoder that they train",
     "QCOMPILE_TEST_EVERYTHING": "set: the tests look at the whole zoo, and compile every kernel for every GPU",
+    "QCOMPILE_TEST_FUZZ": "how many damaged files of each kind the tests of checkpoints try; else 25",
     "QCOMPILE_TEST_SCHEMES": "a regular expression: the schemes that the tests of GPU kernels compile",
 }
 """Name → what it does."""

@@ -380,7 +380,7 @@ def test_formats_are_found_by_name_in_whatever_case() -> None:
     assert made is formats.get("INT3_G96") and made.bits_per_weight() == 3 + sympy.Rational(1, 3) and made.period == 96
     assert formats.get("nf4_g128").bits_per_weight() == sympy.Rational(17, 4)
     assert formats.get("int4_zp_g64_order").permuted and not formats.get("int4_zp_g64").permuted
-    assert [formats.find(n) for n in ("int3_g0", "int3_g1", "int7_g64", "int4_g", "int5_zp_g64", "int4")] == [None] * 6
+    assert [formats.find(n) for n in ("int3_g0", "int3_g1", "int7_g64", "int4_g", "int9_zp_g64", "int4")] == [None] * 6
 
 
 @pytest.mark.parametrize(

@@ -12,22 +12,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "target", "names", "logs", "variables"},
-    {"formats"},
+    {"store", "formats", "artifacts", "autoload"},
     {"codegen"},
-    {"kernels", "checkpoints", "doctor"},
+    {"kernels", "doctor"},
     {"ops"},
     {"inductor"},
     {"tensor", "tensor_ops", "multihead", "kv_cache"},
+    {"packing"},
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "calibrate"},
     {"tracing"},
-    {"policy", "report"},
+    {"policy", "report", "trust"},
     {"timing"},
     {"options", "recorder", "trail"},
     {"repro"},
     {"comparison"},
     {"suggestion"},
-    {"passes"},
-    {"api", "cli", "cli_debug", "bisection"},
+    {"passes", "checkpoints"},
+    {"api", "warm", "cli_cache", "cli", "cli_debug", "bisection"},
     {"backend"},
 ]
 """From the ground up: a module imports from its own layer or below."""

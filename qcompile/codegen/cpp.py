@@ -23,6 +23,7 @@ from .cpp_build import load_library
 from .cpp_call import caller
 from .cpp_format import format_struct
 from .cpp_scale import element_type
+from .kept import kept_source
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Float dtypes of x, y and bias and their numbers in the C interface."""
@@ -83,7 +84,7 @@ class CpuKernels:
 
     def __init__(self, scheme: Scheme, isa: str = "native") -> None:
         self.scheme = scheme
-        self.source = source(scheme)
+        self.source = kept_source("cpp", (scheme.key,), lambda: source(scheme))
         library, self.path = load_library(self.source, isa)
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         planes = (pointer,) * len(scheme.format.parts)

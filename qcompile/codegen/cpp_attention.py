@@ -24,6 +24,7 @@ from .cpp_build import load_library
 from .cpp_cache import cache_struct
 from .cpp_format import format_struct
 from .cpp_scale import element_type
+from .kept import kept_source
 
 NO_PAGE = 2
 """What the C functions return for tokens beyond the cache."""
@@ -103,7 +104,7 @@ class CpuAttention:
 
     def __init__(self, keys: Scheme, values: Scheme, isa: str = "native") -> None:
         self.keys, self.values = keys.format, values.format
-        self.source = source(self.keys, self.values)
+        self.source = kept_source("cpp attention", (keys.key, values.key), lambda: source(self.keys, self.values))
         library, self.path = load_library(self.source, isa)
         key_planes, value_planes = ([ctypes.c_void_p] * len(f.parts) for f in (self.keys, self.values))
         self._attend = library.qc_attend

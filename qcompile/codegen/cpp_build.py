@@ -1,21 +1,24 @@
-"""Compiles generated C++ into shared libraries and keeps them on disk.
+"""Compiles generated C++ into shared libraries, each once on a machine.
 
-The compiler is the one that Inductor found. A library's name is the hash of its source, its flags and the compiler's
-predefined macros, which name its version and the instruction set of this machine; beside it lies the SHA-256 of the
-library, and one that does not match is built again.
+The compiler is the one that Inductor found. The store names a library by its source, its flags and the compiler's predefined
+macros, which tell its version and the instruction set of this machine.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..errors import KernelBuildError
+from ..store import the_store
 
 FLAGS = (
     "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-w",
@@ -31,13 +34,12 @@ ISA_FLAGS = {
 """Instruction sets to build for: this machine's, AVX2, and what every machine of its architecture has."""
 
 
-def cache_dir() -> Path:
-    """Folder of built libraries: ``$QCOMPILE_CACHE_DIR/cpp``, else the user's cache folder."""
-    if root := os.environ.get("QCOMPILE_CACHE_DIR"):
-        return Path(root) / "cpp"
-    import platformdirs
+def every_flags() -> list[tuple[str, ...]]:
+    """The flags of each instruction set."""
+    return [FLAGS + isa for isa in ISA_FLAGS.values()]
 
-    return Path(platformdirs.user_cache_dir("qcompile")) / "cpp"
+
+LIBRARY, SOURCE = "library.so", "source.cpp"
 
 
 def compiler() -> str:
@@ -63,47 +65,41 @@ def load_library(source: str, isa: str = "native") -> tuple[ctypes.CDLL, Path]:
     return ctypes.CDLL(str(library)), library
 
 
-def built(source: str, flags: tuple[str, ...]) -> Path:
-    """The library of ``source``, compiled with ``flags`` unless the cache has it.
-
-    Safe against other processes building the same. Raises :class:`KernelBuildError` with the command, the source file
-    and the compiler's words.
-    """
+def library_parts(source: str, flags: tuple[str, ...]) -> dict[str, Any]:
+    """What names the library of ``source`` in the store."""
     cxx = compiler()
-    key = hashlib.sha256("\0".join((source, cxx, *flags, _identity(cxx, flags))).encode()).hexdigest()[:32]
-    folder = cache_dir()
-    library = folder / f"{key}.so"
-    if not _intact(library):
-        from filelock import FileLock
-
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f"{key}.lock"):
-                if not _intact(library):
-                    _build(source, cxx, flags, library)
-        except OSError as error:
-            raise KernelBuildError(f"cannot write compiled kernels to {folder}: {error}; set QCOMPILE_CACHE_DIR to a folder "
-                                   "that can be written") from error  # fmt: skip
-    return library
+    macros = hashlib.sha256(_identity(cxx, flags).encode()).hexdigest()
+    return {"source": hashlib.sha256(source.encode()).hexdigest(), "compiler": cxx, "flags": list(flags), "macros": macros}
 
 
-def _intact(library: Path) -> bool:
+def built(source: str, flags: tuple[str, ...]) -> Path:
+    """The library of ``source``, compiled with ``flags`` unless the store has it.
+
+    Where nothing can be kept it lies in a temporary folder, for as long as this process lives. Raises
+    :class:`KernelBuildError` with the command, the source file, which stays, and the compiler's words.
+    """
+    with the_store().making("library", library_parts(source, flags)) as slot:
+        if slot.found is not None:
+            return slot.found / LIBRARY
+        made = _build(source, flags)
+        kept = slot.put(lambda folder: [shutil.copyfile(made / name, folder / name) for name in (LIBRARY, SOURCE)])
+        if kept is None:
+            atexit.register(shutil.rmtree, made, ignore_errors=True)
+            return made / LIBRARY
+    shutil.rmtree(made)
+    return kept / LIBRARY
+
+
+def _build(source: str, flags: tuple[str, ...]) -> Path:
+    """A temporary folder with the library and its source."""
     try:
-        return library.with_suffix(".sha256").read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
-    except OSError:
-        return False
-
-
-def _build(source: str, cxx: str, flags: tuple[str, ...], library: Path) -> None:
-    """Compiles into a temporary folder and moves checksum and library into place; the source stays for debuggers."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        text, built, checksum = (Path(scratch) / f"kernel{suffix}" for suffix in (".cpp", ".so", ".sha256"))
-        text.write_text(source)
-        os.replace(text, library.with_suffix(".cpp"))
-        _run([cxx, *flags, str(library.with_suffix(".cpp")), "-o", str(built)], library.with_suffix(".cpp"))
-        checksum.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
-        os.replace(checksum, library.with_suffix(".sha256"))
-        os.replace(built, library)
+        folder = Path(tempfile.mkdtemp(prefix="qcompile-"))
+        (folder / SOURCE).write_text(source, encoding="utf-8")
+    except OSError as error:
+        raise KernelBuildError(f"cannot write a kernel's source to {tempfile.gettempdir()}: {error}; set TMPDIR to a folder "
+                               "that can be written") from error  # fmt: skip
+    _run([compiler(), *flags, str(folder / SOURCE), "-o", str(folder / LIBRARY)], folder / SOURCE)
+    return folder
 
 
 def _run(command: list[str], source: Path) -> str:

@@ -7,6 +7,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import sysconfig
+import threading
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -23,18 +24,31 @@ HAS_CALLBACKS = "_ZN2at12hasCallbacksEv"
 """``at::hasCallbacks()``: whether a profiler or another observer listens."""
 
 
-@functools.cache
+def flags() -> tuple[str, ...]:
+    """Those of the compiler for ``call.cpp``, which needs Python's headers."""
+    return (*FLAGS, f"-I{sysconfig.get_path('include')}")
+
+
+_lock = threading.Lock()
+
+
 def caller() -> ModuleType:
     """The module whose ``linear`` calls a kernel's ``qc_linear``; see ``include/call.cpp`` for its arguments.
 
     Raises :class:`KernelBuildError` when it does not compile, also for want of Python's headers.
     """
+    with _lock:  # kernels are compiled in several threads, and each needs it
+        return _caller()
+
+
+@functools.cache
+def _caller() -> ModuleType:
     headers = sysconfig.get_path("include")
     if not (Path(headers) / "Python.h").exists():
         raise KernelBuildError(f"Python.h is not in {headers}, which kernels for CPUs (and Inductor) need; install Python's "
                                "development files (Debian: python3-dev)")  # fmt: skip
     text = (resources.files(__package__) / "include" / "call.cpp").read_text()
-    path = built(text, (*FLAGS, f"-I{headers}"))
+    path = built(text, flags())
     loader = importlib.machinery.ExtensionFileLoader("call", str(path))
     spec = importlib.util.spec_from_loader("call", loader)
     assert spec is not None

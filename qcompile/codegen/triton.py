@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 
 from ..errors import KernelBuildError
 from ..formats.scheme import Scheme
+from ..store import code_version, count, the_store
 from ..target import Target, of
 from . import tiles
+from .kept import kept_source
 from .triton_act import quantize
 from .triton_decode import decode, rows
 from .triton_dot import dot, dot8
@@ -22,6 +25,8 @@ from .triton_launch import Call, decode_weight, gather_rows
 from .triton_load import content_hash, interpreting, load
 from .triton_print import Printer
 from .triton_text import module
+
+TILE = "tile.json"
 
 TYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -34,6 +39,25 @@ class Variant:
     decoded: str
     operand: str
     terms: int = 1
+
+
+def source(scheme: Scheme, permutes: bool = True) -> str:
+    """The text of the kernels of ``scheme``; ``permutes``: see :class:`TritonKernels`."""
+    printer, tag = Printer(scheme.format, permutes), _tag(scheme)
+    kernels = [decode(printer, f"decode_{tag}"), rows(printer, f"rows_{tag}"), reduce(f"reduce_{tag}")]
+    if printer.fused:
+        kernels.append(dot(printer, f"dot_{tag}"))
+    if scheme.activations is not None:
+        kernels.append(quantize(printer, f"quantize_{tag}", scheme.activations))
+        if printer.fused8:
+            kernels.append(dot8(printer, f"dot8_{tag}"))
+    else:
+        kernels.append(gemv(printer, f"gemv_{tag}"))
+    return module(scheme.label, kernels, printer.imports)
+
+
+def _tag(scheme: Scheme) -> str:
+    return content_hash(scheme.key)[:8]
 
 
 @functools.cache
@@ -55,22 +79,11 @@ class TritonKernels:
         self.scheme = scheme
         self.printer = Printer(scheme.format, self.permutes)
         self.printer.check()
-        self.tag = content_hash(scheme.key)[:8]
-        self.source = self._print()
+        self.tag = _tag(scheme)
+        language = "triton" if self.permutes else "triton by bits"
+        self.source = kept_source(language, (scheme.key,), lambda: source(scheme, self.permutes))
         self._smaller: dict[Variant, Variant] = {}
-
-    def _print(self) -> str:
-        printer, tag = self.printer, self.tag
-        kernels = [decode(printer, f"decode_{tag}"), rows(printer, f"rows_{tag}"), reduce(f"reduce_{tag}")]
-        if printer.fused:
-            kernels.append(dot(printer, f"dot_{tag}"))
-        if self.scheme.activations is not None:
-            kernels.append(quantize(printer, f"quantize_{tag}", self.scheme.activations))
-            if printer.fused8:
-                kernels.append(dot8(printer, f"dot8_{tag}"))
-        else:
-            kernels.append(gemv(printer, f"gemv_{tag}"))
-        return module(self.scheme.label, kernels, printer.imports)
+        self._looked_up: set[Variant] = set()
 
     @functools.cached_property
     def module(self) -> ModuleType:
@@ -134,16 +147,48 @@ class TritonKernels:
         kp = self.scheme.format.padded(n, k)[1]
         target = self._target(x)
         chosen = variant or self.variant(max(flat.shape[0], 1), x.dtype, target, kp)
-        while chosen in self._smaller:
-            chosen = self._smaller[chosen]
+        chosen = self.fitting(chosen, int(target.arch))
         if interpreting() and variant is None:
             chosen = interpreted(chosen)
         if out.numel():
             with torch.cuda.device_of(x):
                 spilled = Call(self, chosen, int(target.arch), n, k, kp).linear(flat, planes, bias, out)
-            if spilled and (tile := tiles.smaller(chosen.tile)):
-                self._smaller[chosen] = replace(chosen, tile=tile)
+            if spilled:
+                self.note_spills(chosen, int(target.arch))
         return out.reshape(*x.shape[:-1], n)
+
+    def fitting(self, chosen: Variant, arch: int) -> Variant:
+        """``chosen``, or the first smaller one that the compiler is not known to have run out of registers for, here or in an
+        earlier process."""
+        while chosen in self._smaller or self._spilled_before(chosen, arch):
+            chosen = self._smaller[chosen]
+        return chosen
+
+    def note_spills(self, chosen: Variant, arch: int) -> None:
+        """Has calls take a smaller tile than that of ``chosen`` from now on, in later processes too, if there is one."""
+        if tile := tiles.smaller(chosen.tile):
+            self._smaller[chosen] = replace(chosen, tile=tile)
+            with the_store().making("tile", self._tile_parts(chosen, arch)) as slot:
+                if slot.found is None:
+                    slot.put(lambda folder: (folder / TILE).write_text(json.dumps({"spills": True})))
+
+    def _spilled_before(self, chosen: Variant, arch: int) -> bool:
+        if chosen in self._looked_up or chosen.tile.kernel not in ("dot", "dot8"):
+            return False
+        self._looked_up.add(chosen)
+        tile = tiles.smaller(chosen.tile)
+        if tile is None or the_store().find("tile", self._tile_parts(chosen, arch)) is None:
+            return False
+        count("tile read")
+        self._smaller[chosen] = replace(chosen, tile=tile)
+        return True
+
+    def _tile_parts(self, chosen: Variant, arch: int) -> dict[str, Any]:
+        """What decides whether a compiled product keeps everything in registers."""
+        import triton
+
+        return {"scheme": self.scheme.key, "variant": asdict(chosen), "arch": arch, "triton": triton.__version__,
+                "code": code_version("qcompile.formats", "qcompile.codegen")}  # fmt: skip
 
     def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
         """The ``[N, K]`` weight of ``planes`` in ``dtype``, computed in float32 and rounded once."""

@@ -12,6 +12,7 @@ import torch
 from ..errors import KernelBuildError
 from ..target import Target
 from . import triton_attend_fresh as text
+from .kept import kept_source
 from .triton_attend_launch import LOG2E, Mask, power_of_two, target_of
 from .triton_attend_tiles import AttendTile, prefill_tile
 from .triton_launch import ceil, options
@@ -36,6 +37,13 @@ def triton_prefill(kind: str) -> TritonPrefill:
     return TritonPrefill(kind)
 
 
+def source(kind: str) -> str:
+    """The text of the kernels of ``kind`` "fp8" or "int8"."""
+    kernels = [text.sums(f"sums_{kind}"), text.quantize(kind, f"quantize_{kind}"), text.fresh(kind, f"fresh_{kind}")]
+    tag = content_hash("".join(kernels))[:8]
+    return module(f"{kind} attention", [k.replace(f"_{kind}(", f"_{kind}_{tag}(", 1) for k in kernels], False)
+
+
 class TritonPrefill:
     """Softmax attention in 8-bit products on CUDA, or under Triton's interpreter on the CPU."""
 
@@ -49,12 +57,7 @@ class TritonPrefill:
     @functools.cached_property
     def sources(self) -> dict[str, str]:
         """The text of the kernels of each variant."""
-        found = {}
-        for kind in ("fp8", "int8"):
-            kernels = [text.sums(f"sums_{kind}"), text.quantize(kind, f"quantize_{kind}"), text.fresh(kind, f"fresh_{kind}")]
-            tag = content_hash("".join(kernels))[:8]
-            found[kind] = module(f"{kind} attention", [k.replace(f"_{kind}(", f"_{kind}_{tag}(", 1) for k in kernels], False)
-        return found
+        return {kind: kept_source("triton prefill", (kind,), functools.partial(source, kind)) for kind in ("fp8", "int8")}
 
     def module(self, variant: str) -> ModuleType:
         return load(self.sources[variant])

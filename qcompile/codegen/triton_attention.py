@@ -14,6 +14,7 @@ from ..formats.layout import pages
 from ..formats.scheme import Scheme
 from ..formats.spec import ROW, TILE_N, FormatSpec
 from ..target import Target
+from .kept import kept_source
 from .triton import TYPES
 from .triton_attend import Axes, attend, merge
 from .triton_attend_launch import Attend, Mask, Planes, power_of_two, room_of, target_of
@@ -52,10 +53,20 @@ class TritonAttention:
             _check(scheme, printer)
         self.tag = content_hash(f"{keys.key}/{values.key}")[:8]
         self.label = f"keys {keys.label}, values {values.label}"
+        self.scheme_keys = keys.key, values.key
 
     @functools.cached_property
     def source(self) -> str:
         """The text of the kernels that read packed planes."""
+        return kept_source(f"triton attention{'' if self.permutes else ' by bits'}", self.scheme_keys, self.readers)
+
+    @functools.cached_property
+    def store_source(self) -> str:
+        """The text of the kernel that writes them. Raises :class:`~qcompile.errors.FormatError` where scales need a search."""
+        return kept_source("triton cache", self.scheme_keys, self.writers)
+
+    def readers(self) -> str:
+        """:attr:`source`, printed anew."""
         tags = [content_hash(s.fingerprint)[:8] for s in self.formats]
         pair = Pair(*self.printers, f"keys_{tags[0]}", f"values_{tags[1]}")
         kernels = [reader(pair.keys, pair.read_keys, False), reader(pair.values, pair.read_values, True),
@@ -63,9 +74,8 @@ class TritonAttention:
                    merge(f"merge_{self.tag}")]  # fmt: skip
         return module(self.label, kernels, any(p.imports for p in self.printers))
 
-    @functools.cached_property
-    def store_source(self) -> str:
-        """The text of the kernel that writes them. Raises :class:`~qcompile.errors.FormatError` where scales need a search."""
+    def writers(self) -> str:
+        """:attr:`store_source`, printed anew."""
         names = {s: f"store_{content_hash(s.fingerprint)[:8]}" for s in self.formats}
         kernels = [storer(s, name) for s, name in names.items()]
         kernels.append(store(*self.formats, f"write_{self.tag}", *(names[s] for s in self.formats)))

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
 
 from ..errors import KernelBuildError
+from ..store import the_store
 
 PREFIX = "qcompile_triton_"
-
-
-def source_folder() -> Path:
-    """Where generated modules lie: ``$QCOMPILE_CACHE_DIR/triton``, else the user's cache folder."""
-    if root := os.environ.get("QCOMPILE_CACHE_DIR"):
-        return Path(root) / "triton"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("qcompile")) / "triton"
 
 
 def content_hash(source: str) -> str:
@@ -36,23 +30,35 @@ def load(source: str) -> ModuleType:
     Raises :class:`~qcompile.errors.KernelBuildError` when Triton is not installed or the folder cannot be written.
     """
     name = PREFIX + content_hash(source)
-    path = source_folder() / f"{name}.py"
     try:
         import triton  # noqa: F401  (imported here to tell a missing package from a broken module)
     except ImportError as error:
         raise KernelBuildError(f"CUDA kernels need the package triton, which does not import here ({error}); "
                                "install triton 3.6 or later, or run on the CPU") from error  # fmt: skip
-    try:
-        write(path, source)
-    except OSError as error:
-        raise KernelBuildError(f"cannot write the generated kernel {path} ({error}); set QCOMPILE_CACHE_DIR to a folder "
-                               "that can be written") from error  # fmt: skip
+    path = _written(f"{name}.py", source)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # Triton reads the source of a kernel through its module
     spec.loader.exec_module(module)
     return module
+
+
+def _written(name: str, source: str) -> Path:
+    """A file of ``source`` in the store's folder, or a temporary one that lives as long as this process: Triton and debuggers
+    read a kernel's lines from it. Raises :class:`~qcompile.errors.KernelBuildError` when neither can be written."""
+    path = the_store().folder("modules") / name
+    try:
+        write(path, source)
+    except OSError:
+        try:
+            path = Path(tempfile.mkdtemp(prefix="qcompile-")) / name
+            write(path, source)
+        except OSError as error:
+            raise KernelBuildError(f"cannot write the generated kernel {path} ({error}); set QCOMPILE_CACHE_DIR or TMPDIR to a "
+                                   "folder that can be written") from error  # fmt: skip
+        atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    return path
 
 
 def write(path: Path, source: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plan import Plan, Record
+from ..store import COUNTS, the_store
 from .fold import Row, bare, folded_name, rows
 from .graph import Picture
 from .roofline import Timing
@@ -125,12 +126,12 @@ class Report:
             f"{totals.share:.1%} of the linear layers' weights; {flops}"
             f"{size(totals.bytes_before)} → {size(totals.bytes_after)}{saved}"
         )
-        return "\n".join([head, *_reasons(self.plan)])
+        return "\n".join([head, *_reasons(self.plan), made_here()])
 
     def to_json(self) -> str:
         """The plan's JSON (see :meth:`qcompile.plan.Plan.as_dict`), with ``"seconds": {"bound", "measured"}`` in the records
-        of layers that were timed."""
-        content = self.plan.as_dict()
+        of layers that were timed, and the counters of the cache as ``"cache"``."""
+        content = self.plan.as_dict() | {"cache": dict(COUNTS)}
         for record, data in zip(self.plan, content["records"], strict=True):
             if (timing := self.times.get(record.decision.site.key)) is not None:
                 data["seconds"] = dict(vars(timing))
@@ -144,6 +145,14 @@ class Report:
         made = Path(path)
         made.write_text(page(self, comparison), encoding="utf-8")
         return made
+
+
+def made_here() -> str:
+    """What this process has made so far, and what it found in the cache, for all models together."""
+    done = (("quantized", "weights", "packed"), ("generated", "sources", "source"), ("compiled", "libraries", "library"),
+            ("calibrated", "graphs", "calibration"), ("tuned", "tiles", "tile"))  # fmt: skip
+    what = ", ".join(f"{verb} {COUNTS[verb]} {things} ({COUNTS[f'{kind} read']} read)" for verb, things, kind in done)
+    return f"  this process {what}; cache: {the_store().root}"
 
 
 def cells(row: Row) -> tuple[str, ...]:

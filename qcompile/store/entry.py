@@ -1,0 +1,100 @@
+"""One kept thing on disk: a folder named by its key, with its files and ``entry.json``, which tells what they must be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DamagedEntryError
+from .keys import SCHEMA, key_of, plain
+
+FILES = {
+    "packed": ("planes.safetensors",),
+    "source": ("source.txt",),
+    "library": ("library.so", "source.cpp"),
+    "calibration": ("rounded.json",),
+    "plan": ("plan.json",),
+    "tile": ("tile.json",),
+}
+"""The files of each kind of entry; sources before the libraries that are compiled from them."""
+
+MANIFEST = "entry.json"
+LONGEST_MANIFEST = 1 << 20
+KEY = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What ``entry.json`` says: the ``parts`` that name the entry, and (bytes, SHA-256) of each of its ``files``."""
+
+    kind: str
+    key: str
+    parts: Mapping[str, Any]
+    files: Mapping[str, tuple[int, str]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for size, _ in self.files.values())
+
+    def text(self) -> str:
+        """What is written as ``entry.json``."""
+        content = {"schema": SCHEMA, "kind": self.kind, "parts": plain(self.parts), "files": self.files}
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+    @staticmethod
+    def of(kind: str, parts: Mapping[str, Any], folder: Path) -> Entry:
+        """That of files which lie in ``folder``."""
+        files = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in FILES[kind]}
+        return Entry(kind, key_of(kind, parts), parts, files)
+
+    @staticmethod
+    def parse(text: str | bytes, kind: str, key: str) -> Entry:
+        """Reads ``entry.json`` of the entry ``kind/key``; raises :class:`DamagedEntryError` for what that cannot be."""
+        try:
+            content = json.loads(text)
+            files = {str(n): (int(size), str(digest)) for n, (size, digest) in content["files"].items()}
+            found = content["schema"], content["kind"], tuple(sorted(files)), key_of(kind, content["parts"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedEntryError(f"{kind}/{key}: {MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
+        wanted = SCHEMA, kind, tuple(sorted(FILES.get(kind, ()))), key
+        if found != wanted:
+            raise DamagedEntryError(f"{kind}/{key}: {MANIFEST} is that of another entry: found {found}, expected {wanted}")
+        return Entry(kind, key, content["parts"], files)
+
+
+def read(folder: Path, kind: str, key: str) -> Entry:
+    """The entry in ``folder``. Raises ``FileNotFoundError`` without ``entry.json``, ``OSError`` if that is a link, and
+    :class:`DamagedEntryError`."""
+    with open(os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        return Entry.parse(file.read(LONGEST_MANIFEST), kind, key)
+
+
+def check(folder: Path, entry: Entry) -> None:
+    """Compares the files with what ``entry`` says. Raises :class:`DamagedEntryError`, ``OSError`` if one cannot be read."""
+    for name, (size, digest) in entry.files.items():
+        path = folder / name
+        try:
+            found = path.lstat().st_size if path.is_file() and not path.is_symlink() else None
+        except FileNotFoundError:
+            found = None
+        if found != size:
+            raise DamagedEntryError(f"{entry.kind}/{entry.key}: {name} has {found} bytes, {size} were written")
+        if sha256(path) != digest:
+            raise DamagedEntryError(f"{entry.kind}/{entry.key}: {name} is not what was written: its SHA-256 differs")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def touch(folder: Path) -> None:
+    """Notes that an entry was used, for eviction; a folder that cannot be written has nothing to evict."""
+    if os.access(folder / MANIFEST, os.W_OK):
+        os.utime(folder / MANIFEST)
