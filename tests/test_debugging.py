@@ -82,7 +82,7 @@ def test_compile_debug_leaves_a_folder_with_a_script_that_runs(tmp_path: Path) -
 
 
 BAD_WEIGHT = PROGRAM.replace("with torch.no_grad", "model[2].weight.data[1, 5] = float('nan')\nwith torch.no_grad", 1)
-COMPILER = "#!/bin/sh\ncase \"$*\" in *qc_*|*cpp/*.cpp*) echo 'forced failure' >&2; exit 1;; esac\nexec c++ \"$@\"\n"
+COMPILER = "#!/bin/sh\ncase \"$*\" in */qcompile-*/*.cpp*) echo 'forced failure' >&2; exit 1;; esac\nexec c++ \"$@\"\n"
 
 
 @pytest.mark.parametrize("kind", ["weight", "kernel", "own backend"])
