@@ -50,6 +50,17 @@ def test_architecture(tmp_path: Path, kind: str) -> None:
     same_bytes(path, again)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_loaded_model_compiles(tmp_path: Path) -> None:
+    loaded = qcompile.load(write_gguf(tmp_path / "model.gguf", model_of("llama"), "llama", mixture))
+    eager = logits(loaded)
+    compiled = torch.compile(loaded, backend="qcompile", options={"policy": "float"})  # v is F16 in the file: it stays so
+    assert (logits(compiled) - eager).norm() <= 1e-4 * eager.norm()
+    report = qcompile.explain(compiled, torch.zeros(1, 4, dtype=torch.long))
+    kernels = {r.kernel.split()[-1] for r in report.plan if r.decision.site.is_linear and r.kernel}
+    assert kernels >= {"Q4_0", "Q4_K", "Q5_K", "Q8_0"}
+
+
 def test_metadata_come_back(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", model_of("llama"), "llama", mixture)
     again = qcompile.save(qcompile.load(path), tmp_path / "again.gguf", like=path)

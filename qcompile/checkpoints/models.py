@@ -95,6 +95,9 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise CheckpointError("building the model takes transformers: pip install transformers, or pass model=") from error
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise CheckpointError(f"building the model takes transformers 5, found {transformers.__version__}: pip install -U "
+                              "transformers, or pass model=")  # fmt: skip
     return transformers
 
 
