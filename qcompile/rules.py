@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import PolicyError, UnknownFormatError, nearest
-from .formats import REGISTRY, FormatSpec, Scheme, activations_of, find
+from .formats import FormatSpec, Scheme, activations_of, find, names
 from .gguf_presets import ALWAYS, CONDITIONS, Place
 from .plan import Site
 from .presets import ALIASES, DYNAMIC, FLOATS
@@ -75,7 +75,7 @@ def scheme_named(name: str, extra: Iterable[str] = ()) -> Scheme | None:
     base = name.removesuffix(DYNAMIC)
     spec = find(ALIASES.get(base, base))
     if spec is None:
-        raise UnknownFormatError(name, {*ALIASES, *REGISTRY, *FLOATS, *(a + DYNAMIC for a in ALIASES), *extra})
+        raise UnknownFormatError(name, {*ALIASES, *names(), *FLOATS, *(a + DYNAMIC for a in ALIASES), *extra})
     if base == name:
         return Scheme(spec)
     return Scheme(spec, next(iter(activations_of(spec)), "int8"))

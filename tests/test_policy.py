@@ -276,6 +276,14 @@ def test_unknown_formats_name_the_nearest(name: str) -> None:
         Policy.parse("mixd")
 
 
+def test_formats_that_somebody_asked_for_are_not_offered() -> None:
+    for group in range(200, 320, 2):
+        Policy.parse(f"int3_g{group}")
+    with pytest.raises(UnknownFormatError, match="'int3_g1'.*Known: .*int8") as raised:
+        Policy.parse("int3_g1")
+    assert "int3_g2" not in str(raised.value).replace("int3_g256", "")
+
+
 def test_mixed_is_no_value_of_a_rule() -> None:
     with pytest.raises(UnknownFormatError, match="'mixed'"):
         Policy.parse({"*": "mixed"})

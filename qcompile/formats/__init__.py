@@ -15,7 +15,7 @@ from .spec import ALL, ROW, Codebook, FormatSpec, Part, Plane, symbols
 
 __all__ = ["ALL", "BUILT_IN", "ROW", "Affine", "Codebook", "FormatSpec", "Part", "Plane",
            "REGISTRY", "Scheme", "activations_of", "affine",
-           "find", "gen_table", "get", "integer_gen", "linear_gen", "register_format", "register_scheme", "scheme_of",
+           "find", "gen_table", "get", "integer_gen", "linear_gen", "names", "register_format", "register_scheme", "scheme_of",
            "symbols"]  # fmt: skip
 
 REGISTRY: dict[str, FormatSpec] = {}
@@ -31,6 +31,7 @@ def register_format(spec: FormatSpec) -> FormatSpec:
     if known is not None and known.fingerprint != spec.fingerprint:
         raise FormatError(f"format {spec.name!r} is registered already with another declaration (as {known.name!r}); choose "
                           "another name")  # fmt: skip
+    _asked_for.discard(spec.name)
     return REGISTRY.setdefault(spec.name, spec)
 
 
@@ -46,14 +47,25 @@ def find(name: str) -> FormatSpec | None:
     for pattern, make in _FAMILIES:
         if (match := re.fullmatch(pattern, folded)) and all(int(v) > 1 for v in match.groupdict().values()):
             made: FormatSpec = make(**{k: int(v) for k, v in match.groupdict().items()})
+            if made.name not in REGISTRY:
+                _asked_for.add(made.name)
             return REGISTRY.setdefault(made.name, made)
     return None
+
+
+_asked_for: set[str] = set()
+"""Names of family members in the registry that nobody has registered."""
+
+
+def names() -> list[str]:
+    """The names to choose from: built in, or registered by users. Families have endless others."""
+    return [name for name in REGISTRY if name not in _asked_for]
 
 
 def get(name: str) -> FormatSpec:
     """The format ``name``. Raises :class:`UnknownFormatError` with the nearest names."""
     if (spec := find(name)) is None:
-        raise UnknownFormatError(name, REGISTRY)
+        raise UnknownFormatError(name, names())
     return spec
 
 
