@@ -2,6 +2,8 @@
 
 A guess and no more: the graph that comes of it is judged as if the weights were float ones, which stay alive until then.
 Where the guess is not what the policy decides, they are put back and the ordinary way begins: pack, and trace again.
+Planes are mapped from their files meanwhile, which takes no memory; on other devices than CPUs they would be a second model
+beside the float one, so nothing is guessed there.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompile import kernels, target, tensor
-from qcompile.errors import QCompileError
-from qcompile.formats import register_scheme, scheme_of
+from qcompile import kernels, target
+from qcompile.errors import QCompileError, UnknownFormatError
+from qcompile.formats import Scheme, register_scheme, scheme_of
 from qcompile.options import Options
 from qcompile.owners import Owners, Slot, slot_at
 from qcompile.packing import Packed, known
 from qcompile.store import code_version, the_store
-from qcompile.tensor import QuantizedTensor, as_parameter, tensor_class
+from qcompile.tensor import QuantizedTensor, as_parameter, guess, tensor_class
 
 from .convert import Conversion
 
@@ -61,8 +63,8 @@ class Foresight:
 
     def floats(self, inputs: Sequence[Any]) -> list[Any]:
         """Graph inputs with the float weights in place of the guesses, which are taken back everywhere."""
-        for guess in self.guesses.values():
-            guess.undo()
+        for each in self.guesses.values():
+            each.undo()
         return [g.original if (g := self.guesses.get(id(v))) is not None else v for v in inputs]
 
     def confirms(self, inputs: Sequence[Any], conversions: Sequence[Conversion]) -> list[Conversion] | None:
@@ -76,9 +78,9 @@ class Foresight:
             return None
         made = []
         for conversion in conversions:
-            guess = guesses.get(id(conversion.slots[0].get()))
-            if guess is not None:
-                conversion = dataclasses.replace(conversion, packed=guess.packed, traced=guess.parameter)
+            made_before = guesses.get(id(conversion.slots[0].get()))
+            if made_before is not None:
+                conversion = dataclasses.replace(conversion, packed=made_before.packed, traced=made_before.parameter)
             made.append(conversion)
         return made
 
@@ -126,7 +128,7 @@ def begin(backend: object) -> None:
     found = the_store().find("plan", _under_way.parts)
     if found is not None:
         _under_way.guesses = _guesses(root, owners, json.loads((found / PLAN).read_text()))
-        tensor.guessing = bool(_under_way.guesses)
+        guess(bool(_under_way.guesses))
 
 
 def _begin_kernels(root: nn.Module, options: Options) -> None:
@@ -141,14 +143,14 @@ def take() -> Foresight:
     """The guesses of the compilation under way, which are the caller's from now on."""
     global _under_way
     taken, _under_way = _under_way, Foresight()
-    tensor.guessing = False
+    guess(False)
     return taken
 
 
 def end() -> None:
     """At the end of a compilation: guesses that no graph confirmed are taken back."""
-    for guess in take().guesses.values():
-        guess.undo()
+    for each in take().guesses.values():
+        each.undo()
 
 
 def _compiled_frame(backend: object) -> tuple[CodeType, list[Any], Mapping[str, Any]] | None:
@@ -185,16 +187,25 @@ def _parts(root: nn.Module, path: str, code: CodeType, options: Options) -> dict
     }
 
 
+def _known_scheme(key: str) -> Scheme | None:
+    """None for a format that this process has not declared: the policy will say so where it matters."""
+    try:
+        return scheme_of(key)
+    except UnknownFormatError:
+        return None
+
+
 def _guesses(root: nn.Module, owners: Owners, weights: Sequence[Any]) -> dict[int, Guess]:
     """Packed parameters in their slots, for the weights that are float ones still and that the store has."""
     wanted = []
     for name, key, transposed in weights:
         slot = slot_at(root, name)
         original = slot.get() if slot is not None else None
-        if original is None or isinstance(original, QuantizedTensor):
+        scheme = _known_scheme(key)
+        if original is None or scheme is None or isinstance(original, QuantizedTensor) or not original.is_cpu:
             continue
         if not (original.requires_grad and torch.is_grad_enabled()):
-            wanted.append((original, scheme_of(key), transposed))
+            wanted.append((original, scheme, transposed))
     guesses: dict[int, Guess] = {}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # digests leave the interpreter alone
         found = list(pool.map(lambda w: known(w[0], w[1].format, transposed=w[2], mapped=True), wanted))

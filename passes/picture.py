@@ -19,9 +19,9 @@ from .vocabulary import WEIGHT_OPERANDS
 Names = Callable[[torch.Tensor], str | None]
 
 
-def picture(gm: fx.GraphModule, sites: Iterable[Site], values: Mapping[str, Any], names: Names, name: str) -> Picture:
-    """``gm`` without its parameters and numbers, which become fields of the nodes that take them. ``values`` are the graph's
-    inputs by placeholder."""
+def picture(gm: fx.GraphModule, sites: Iterable[Site], values: Mapping[str, Any], names: Names) -> Picture:
+    """``gm`` without its parameters and numbers, which become fields of the nodes that take them; it has no name yet.
+    ``values`` are the graph's inputs by placeholder."""
     sites = list(sites)
     at = {site.node: site.key for site in sites}
     weights = {site.weight: site.key for site in sites if site.weight is not None}
@@ -34,7 +34,7 @@ def picture(gm: fx.GraphModule, sites: Iterable[Site], values: Mapping[str, Any]
             parameters[node] = owned or str(node.target)
         elif node.op != "output" and not isinstance(value, (int, float, torch.SymInt)):
             steps.append(_step(node, parameters, at, weights))
-    return Picture(name, tuple(steps))
+    return Picture("", tuple(steps))
 
 
 def _step(

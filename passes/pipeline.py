@@ -137,9 +137,9 @@ class Compilation:
         schemes = {d.site.name: d.scheme for d in decisions if d.scheme is not None}
         return rewrite(attention_of(self.gm, self.example_inputs, self.owners.name), schemes) if schemes else 0
 
-    def picture(self, name: str) -> Picture:
+    def picture(self) -> Picture:
         """The graph as plain data."""
-        return picture(self.gm, self.sites, self.values, self.owners.name, name)
+        return picture(self.gm, self.sites, self.values, self.owners.name)
 
     def _decide(self, sites: list[Site], found: dict[int, Conversion]) -> None:
         """Asks the policy about float ``sites``; adds to ``found``, by parameter, what it wants packed."""

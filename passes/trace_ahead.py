@@ -10,7 +10,6 @@ from torch import nn
 
 from qcompile.options import Options
 from qcompile.recorder import Recorder
-from qcompile.report import Picture
 from qcompile.tracing import call_through
 
 from .convert import Conversion
@@ -24,13 +23,12 @@ class Look:
     def __init__(self, options: Options, recorder: Recorder, packs: bool = False) -> None:
         self.options, self.recorder, self.packs = options, recorder, packs
         self.conversions: list[Conversion] = []
-        self.graphs: list[Picture] = []
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         compilation = Compilation(gm, example_inputs, self.options, self.recorder)
         found = compilation.conversions()
         self.conversions += compilation.ready(found) if self.packs else found
-        self.graphs.append(compilation.picture(f"graph {len(self.graphs)}"))
+        self.recorder.saw(compilation.picture())
         return gm.forward
 
 

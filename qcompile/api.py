@@ -21,27 +21,24 @@ from .tracing import call_through
 def explain(model: nn.Module, *args: Any, policy: Any = None, measure: bool = False, **kwargs: Any) -> Report:
     """Calls ``model(*args, **kwargs)`` and reports every site: what was, or would be, done with it, and why.
 
-    A model compiled with backend "qcompile" is called as it is, and the report says what its compilations did. Any other
+    A model compiled with backend "qcompile" is called once, as it is, and the report says what its compilations did. Any other
     model is traced under ``policy`` (as ``options["policy"]``) and left untouched: each weight that the policy means is
     packed for a moment to measure its SQNR; on the meta device nothing is measured. Gradients are off. The report also holds
-    a picture of the graphs. ``measure``: every linear layer, with its weight as it is in the model, is timed.
+    pictures of the graphs that were traced. ``measure``: every linear layer, with its weight as it is in the model, is timed.
     """
     root = unwrapped(model)
     with torch.no_grad():
         recorder = recorder_of(_root(model))
         if policy is None:
             model(*args, **kwargs)
-        if policy is None and len(recorder.plan):
-            look = Look(Options.parse({"policy": recorder.policy}, None), Recorder())
-        else:
+        if policy is not None or not len(recorder.plan):
             recorder = Recorder()
             look = Look(Options.parse({"policy": policy}, None), recorder)
-        call_through(model, look, args, kwargs)
-        for conversion in look.conversions:
-            if look.recorder is recorder:
+            call_through(model, look, args, kwargs)
+            for conversion in look.conversions:
                 conversion.measure()
         plan = recorder.plan.merge(_unseen(model, recorder))
-        return Report(plan, tuple(look.graphs), times(root, plan) if measure else None)
+        return Report(plan, tuple(recorder.graphs), times(root, plan) if measure else None)
 
 
 def quantize_(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> Report:
@@ -55,7 +52,7 @@ def quantize_(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -
         call_through(model, look, args, kwargs)
         for conversion in look.conversions:
             conversion.run()
-        return Report(recorder.plan.merge(_unseen(model, recorder)), tuple(look.graphs))
+        return Report(recorder.plan.merge(_unseen(model, recorder)), tuple(recorder.graphs))
 
 
 def _root(model: nn.Module) -> nn.Module:

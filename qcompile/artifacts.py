@@ -7,15 +7,19 @@ of artifacts that it does not know, so ``import torch`` makes ours known (:mod:`
 from __future__ import annotations
 
 import io
+import logging
 import tarfile
 import tempfile
 from pathlib import Path
 
 from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArtifactManager
 
+from .errors import CacheError
 from .store import USED, the_store
 from .store.bundle import add, load
 from .store.entry import read
+
+log = logging.getLogger(__name__)
 
 TYPE = "qcompile"
 
@@ -44,12 +48,15 @@ class StoreArtifact(CacheArtifact):
         return content
 
     def populate_cache(self) -> None:
-        """Keeps the entry; raises :class:`~qcompile.errors.CacheError` for one that is not what was saved."""
+        """Keeps the entry; one that is not what was saved, or that cannot be kept, is left with a warning and made again."""
         if self.content:
             with tempfile.NamedTemporaryFile() as file:
                 file.write(self.content)
                 file.flush()
-                load(the_store(), Path(file.name))
+                try:
+                    load(the_store(), Path(file.name))
+                except CacheError as error:
+                    log.warning("an artifact is left, and will be made again: %s", error)
 
     @staticmethod
     def type() -> str:

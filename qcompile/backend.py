@@ -51,6 +51,7 @@ def _compiled(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: O
     if confirmed is None:
         foreseen.remember(compilation.root, compilation.owners, conversions)
         raise Retrace(conversions)
+    compilation.recorder.saw(compilation.picture())
     compilation.lower_attention()
     compilation.look_at(example_inputs)
     del foreseen, conversions  # with them the last of each float weight goes as its packed form stands

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class Comparison:
         return text(self)
 
 
-class Packed:
+class Runs:
     """A float ``reference`` that runs with some of its weights replaced, and the inputs that it is measured on."""
 
     def __init__(self, reference: nn.Module, data: Iterable[Any], metric: Metric | None) -> None:
@@ -112,7 +112,7 @@ def compare(
     with torch.no_grad():
         weights = packed_weights(inner)
         _check(base, weights)
-        runs = Packed(base, data, metric)
+        runs = Runs(base, data, metric)
         errors, so_far = [], {}
         for name, weight in weights.items():
             so_far[name] = weight
@@ -162,8 +162,3 @@ def _check(reference: nn.Module, weights: Mapping[str, QuantizedTensor]) -> None
             raise CompareError(f"{name!r} is packed in the reference as well; give it a copy made before the model was compiled")
         if other.shape != weight.shape:
             raise CompareError(f"{name!r} is {list(other.shape)} in the reference and {list(weight.shape)} in the model")
-
-
-def median(values: Sequence[float]) -> float:
-    """The lower median of at least one value."""
-    return sorted(values)[(len(values) - 1) // 2]

@@ -11,7 +11,6 @@ from typing import Protocol
 
 import torch
 
-from .errors import QCompileError
 from .formats import Scheme, scheme_of
 
 
@@ -138,7 +137,7 @@ def for_key(key: str, device_type: str) -> Kernels:
     begun = _begun.get((key, device_type))
     try:
         return for_scheme(scheme_of(key), device_type) if begun is None else begun.result()
-    except QCompileError:
+    except Exception:  # another call may find what was missing
         _begun.pop((key, device_type), None)
         raise
 

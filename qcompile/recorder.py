@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
 from .plan import Plan, Record, Site
 from .policy import Policy
+from .report import Picture
 
 
 class Recorder:
-    """Collects the records of all graphs of one model into one :class:`~qcompile.plan.Plan`; ``policy`` is the one that
-    decided last. ``failures`` says by a parameter's name or a scheme's key why it is left in floating point whatever the policy
-    says."""
+    """Collects the records of all graphs of one model into one :class:`~qcompile.plan.Plan`, and pictures of the ``graphs``;
+    ``policy`` is the one that decided last. ``failures`` says by a parameter's name or a scheme's key why it is left in
+    floating point whatever the policy says."""
 
     def __init__(self) -> None:
         self.plan = Plan()
         self.policy: Policy | None = None
         self.failures: dict[str, str] = {}
+        self.graphs: list[Picture] = []
+
+    def saw(self, graph: Picture) -> None:
+        """Keeps the picture of a graph; of graphs that differ in sizes alone, compiled again for other ones, the latest."""
+        nodes, count = _nodes(graph), len(self.graphs)
+        at = next((i for i, known in enumerate(self.graphs) if _nodes(known) == nodes), count)
+        self.graphs[at : at + 1] = [replace(graph, name=f"graph {at}")]
 
     def add(self, *records: Record) -> None:
         """For a site that was recorded before, the latest record stands."""
@@ -31,6 +40,10 @@ class Recorder:
 
     def sites(self) -> Iterable[Site]:
         return (r.decision.site for r in self.plan)
+
+
+def _nodes(graph: Picture) -> list[tuple[str, str, str]]:
+    return [(step.name, step.operator, step.module) for step in graph.steps]
 
 
 _recorders: weakref.WeakKeyDictionary[nn.Module, Recorder] = weakref.WeakKeyDictionary()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .comparison import Comparison, Packed, SiteError, median
+from .comparison import Comparison, Runs, SiteError
 from .formats import Scheme, get
 from .policy import Policy
 from .presets import FLOATS
@@ -60,14 +61,14 @@ class _Choice:
 
 
 def suggestion(
-    comparison: Comparison, runs: Packed, weights: Mapping[str, QuantizedTensor], policy: Policy | None
+    comparison: Comparison, runs: Runs, weights: Mapping[str, QuantizedTensor], policy: Policy | None
 ) -> Suggestion | None:
     """Of the layers that hurt most the one with the largest fall of squared error per byte in any format of :data:`LADDER`;
     and for it the smallest format that brings its error to a quarter, or to that of the layers in the middle.
 
     ``policy`` is the one that the model was compiled with; None: rules that repeat what its weights are.
     """
-    middle = median([e.alone for e in comparison.errors])
+    middle = statistics.median_low([e.alone for e in comparison.errors])
     ladders = [_ladder(e, runs, weights[e.name]) for e in comparison.ranked()[:LAYERS] if e.alone > 0]
     if not ladders:
         return None
@@ -82,7 +83,7 @@ def suggestion(
     return Suggestion(best.error.layer, best.value, alone, best.alone, comparison.total, runs.error(changed), best.extra, then)
 
 
-def _ladder(error: SiteError, runs: Packed, packed: QuantizedTensor) -> list[_Choice]:
+def _ladder(error: SiteError, runs: Runs, packed: QuantizedTensor) -> list[_Choice]:
     """What the layer may be stored as instead, larger than it is, with the error of each; the last is float, whose is 0."""
     original = runs.reference.get_parameter(error.name)
     choices: list[_Choice] = []

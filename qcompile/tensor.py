@@ -6,6 +6,7 @@ import functools
 import hashlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -98,7 +99,7 @@ class QuantizedTensor(torch.Tensor):
     ) -> Any:
         from .tensor_ops import ATEN
 
-        if func not in ATEN and guessing:
+        if func not in ATEN and guessing():
             return func(*_floats(args), **_floats(kwargs or {}))
         if func not in ATEN:
             raise UnsupportedOnTensorError(
@@ -136,8 +137,17 @@ class QuantizedTensor(torch.Tensor):
         )
 
 
-guessing = False
-"""Whether Dynamo traces a graph with weights that may turn out to stay in float: then every function works, on decoded ones."""
+_trace = threading.local()
+
+
+def guess(on: bool) -> None:
+    """Says that this thread traces a graph with packed weights that may turn out to stay in float, or that it no longer does."""
+    _trace.guesses = on
+
+
+def guessing() -> bool:
+    """Whether it does: then every function works, on decoded weights, so that the trace goes on to where the guess is judged."""
+    return getattr(_trace, "guesses", False)
 
 
 def _floats(values: Any) -> Any:

@@ -38,8 +38,9 @@ class Verified:
     """Asked of every entry of a bundle, in its order, whether to take it; what it was asked before can vouch for what comes."""
 
     def __init__(self) -> None:
-        call = (resources.files("qcompile.codegen") / "include" / "call.cpp").read_text()
-        self._texts = {hashlib.sha256(call.encode()).hexdigest(): call}
+        include = resources.files("qcompile.codegen") / "include"
+        own = [(include / name).read_text() for name in ("call.cpp", "repack.cpp")]
+        self._texts = {hashlib.sha256(text.encode()).hexdigest(): text for text in own}
         self.compiled = 0
 
     def __call__(self, entry: Entry, folder: Path) -> bool:

@@ -430,6 +430,25 @@ def test_a_model_can_be_looked_at_any_number_of_times(fresh_dynamo: None) -> Non
         assert record.decision.scheme is not None
 
 
+def test_explaining_a_compiled_model_calls_it_once(fresh_dynamo: None) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.calls = nn.Linear(16, 16), torch.zeros((), dtype=torch.long)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls.add_(1)
+            return self.up(x)
+
+    model = Counting().eval()
+    compiled = torch.compile(model, backend="qcompile", options={"policy": "int8"})
+    for number in range(1, 4):
+        report = qcompile.explain(compiled, torch.ones(number, 16))
+        assert int(model.calls) == number
+        (graph,) = report.graphs  # compiled again for other sizes, it is the same one
+        assert graph.name == "graph 0" and any(step.site == ("up", "linear") for step in graph.steps)
+
+
 def test_layers_are_timed_as_they_are(fresh_dynamo: None) -> None:
     model, x = stack(0), torch.randn(4, 64)
     qcompile.quantize_(model, x, policy="int8")

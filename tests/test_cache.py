@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,20 @@ from qcompile.codegen import cpp_build
 from qcompile.codegen.cpp import CpuKernels
 from qcompile.codegen.tiles import smaller
 from qcompile.codegen.triton import TritonKernels
-from qcompile.errors import FingerprintError
-from qcompile.formats import REGISTRY, FormatSpec, Plane, Scheme, symbols
+from qcompile.errors import FingerprintError, UnsupportedOnTensorError
+from qcompile.formats import REGISTRY, FormatSpec, Plane, Scheme, scheme_of, symbols
 from qcompile.packing import digest, packed
+from qcompile.passes import foresight
 from qcompile.store import COUNTS, the_store
 from qcompile.target import Target
-from qcompile.tensor import QuantizedTensor
+from qcompile.tensor import QuantizedTensor, guess, quantize
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "one_thread")
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A store of its own for each test; libraries come from one for all, for compiling takes seconds."""
+    """A store of its own for each test. Kernels that this process has loaded stay loaded."""
     monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path))
     COUNTS.clear()
     yield tmp_path
@@ -388,6 +390,39 @@ def test_torchs_artifacts_carry_ours(cache: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(cache / "elsewhere"))
     assert torch.compiler.load_cache_artifacts(artifacts) is not None
     assert torch.equal(run(Model()), first) and "quantized" not in made() and traces() == 1
+
+
+def test_artifacts_that_cannot_be_kept_are_left_with_a_warning(cache: Path, monkeypatch: pytest.MonkeyPatch,
+                                                               caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    from torch.compiler._cache import CacheArtifactManager
+
+    with CacheArtifactManager.with_fresh_cache():
+        first = run(Model())
+        saved = torch.compiler.save_cache_artifacts()
+    assert saved is not None
+    (cache / "file").write_text("")
+    monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(cache / "file"))
+    assert torch.compiler.load_cache_artifacts(saved[0]) is not None
+    assert "an artifact is left" in caplog.text and torch.equal(run(Model()), first) and made()["quantized"] == 2
+
+
+def test_a_plan_of_a_format_that_is_not_declared_here_is_no_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(Model())
+    monkeypatch.setattr(foresight, "scheme_of", lambda key: scheme_of("nowhere@0"))
+    assert torch.equal(run(Model()), first) and traces() == 2 and "quantized" not in made()
+
+
+def test_only_the_thread_that_traces_a_guess_decodes_for_any_function() -> None:
+    weight = quantize(torch.randn(32, 64), Scheme(REGISTRY["int8"]))
+    with pytest.raises(UnsupportedOnTensorError):
+        weight.cumsum(0)
+    guess(True)
+    try:
+        assert torch.equal(weight.cumsum(0), weight.dequantize().cumsum(0))
+        with ThreadPoolExecutor(1) as pool, pytest.raises(UnsupportedOnTensorError):
+            pool.submit(weight.cumsum, 0).result()
+    finally:
+        guess(False)
 
 
 def test_warmup() -> None:

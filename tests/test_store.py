@@ -315,6 +315,15 @@ def test_nothing_is_kept_in_a_store_of_size_zero(tmp_path: Path) -> None:
     assert COUNTS == {"generated": 2} and not list(tmp_path.iterdir())
 
 
+def test_clearing_takes_what_killed_processes_left(store: Store) -> None:
+    made(store, "x")
+    for name in ("cleared-1234", "unfinished/import-5678"):
+        (store.root / name).mkdir(parents=True)
+        (store.root / name / "file").write_text("left")
+    assert store.clear() == 1
+    assert [p.name for p in store.root.iterdir()] == ["locks"] and store.clear() == 0
+
+
 def test_nested_making_does_not_wait_for_itself(store: Store) -> None:
     with store.making(KIND, {"number": 0}) as outer:
         for number in range(300):  # every lock there is

@@ -66,11 +66,12 @@ def load(store: Store, file: Path, accept: Callable[[Entry, Path], bool] = lambd
     :class:`~qcompile.errors.CacheError`, naming the member, for a bundle that is not wholly as :func:`export` writes them, and
     takes nothing of it then.
     """
+    place = store.folder("unfinished")
     try:
-        store.root.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CacheError(f"cannot write to {store.root}: {error}") from error
-    with tempfile.TemporaryDirectory(prefix="import-", dir=store.root) as scratch:
+        raise CacheError(f"cannot write to {place}: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="import-", dir=place) as scratch:
         try:
             entries = list(_unpacked(file, Path(scratch), store.bound))
         except (OSError, tarfile.TarError, CacheError) as error:

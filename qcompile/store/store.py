@@ -149,14 +149,15 @@ class Store:
         A process that is making an entry goes on, and keeps it or not. Raises :class:`~qcompile.errors.CacheError`.
         """
         number = sum(1 for _ in self.entries())
-        for part in (*FILES, "quarantine", "unfinished"):
-            try:
-                if (self.root / part).exists():
-                    aside = self.root / f"{part}-{uuid.uuid4().hex}"
-                    os.rename(self.root / part, aside)
+        try:
+            parts = [p for p in self.root.iterdir() if p.name != "locks"] if self.root.exists() else []
+            for part in parts:
+                aside = self.root / f"cleared-{uuid.uuid4().hex}"
+                with suppress(FileNotFoundError):  # cleared by another process meanwhile
+                    os.rename(part, aside)  # entries go from their place at once, then file by file
                     shutil.rmtree(aside)
-            except OSError as error:
-                raise CacheError(f"cannot remove {self.root / part}: {error}") from error
+        except OSError as error:
+            raise CacheError(f"cannot remove what lies in {self.root}: {error}") from error
         return number
 
     def folder(self, name: str) -> Path:
