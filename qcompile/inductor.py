@@ -67,21 +67,20 @@ def _linear(x: Node, planes: Sequence[Node], bias: Node | None, scheme: str, n: 
     direct = x.get_device().type == "cpu" and x.get_dtype() in DTYPES and not V.graph.cpp_wrapper
     if not direct or (bias is not None and bias.get_dtype() not in DTYPES):
         if spec.scaled and not spec.permuted:
-            scheme, x = register_scheme(replace(scheme_of(scheme), format=spec.plain)), _prepared(spec, x, planes)
+            scheme, x = register_scheme(replace(scheme_of(scheme), format=spec.plain)), _scaled(spec, x, planes)
             planes = planes[: len(spec.parts)]
         return lowering.fallback_handler(ops.linear, add_to_fallback_set=False)(x, planes, bias, scheme, n)
     *lead, k = x.get_size()
     flat = lowering.view(x, [math.prod(lead), k])
-    made = PackedLinear.create(_prepared(spec, flat, planes), planes[: len(spec.parts)], bias, scheme, n)
+    made = PackedLinear.create(_scaled(spec, flat, planes), planes[: len(spec.parts) + spec.permuted], bias, scheme, n)
     return lowering.view(made, [*lead, n])
 
 
-def _prepared(spec: FormatSpec, x: Node, planes: Sequence[Node]) -> Node:
-    """:func:`~qcompile.formats.reference.prepared` as pointwise IR, which Inductor fuses into what makes ``x [M, K]``."""
-    found = dict(zip(spec.columns, planes[len(spec.parts) :], strict=True))
-    if spec.scaled:
-        x = lowering.to_dtype(lowering.lowerings[aten.mul.Tensor](x, found["factors"]), x.get_dtype())
-    return lowering.lowerings[aten.index.Tensor](x, [None, found["order"]]) if spec.permuted else x
+def _scaled(spec: FormatSpec, x: Node, planes: Sequence[Node]) -> Node:
+    """``x [..., K]`` times the factors of columns, as pointwise IR, which Inductor fuses into what makes x."""
+    if not spec.scaled:
+        return x
+    return lowering.to_dtype(lowering.lowerings[aten.mul.Tensor](x, planes[-1]), x.get_dtype())
 
 
 class PackedLinear(ir.ExternKernelOut):
@@ -97,21 +96,21 @@ class PackedLinear(ir.ExternKernelOut):
         k = V.graph.sizevars.guard_int(k)
         inputs = [x, *(cls.require_contiguous(cls.realize_input(t)) for t in (*planes, *([] if bias is None else [bias])))]
         bias_dtype = 0 if bias is None else DTYPES[bias.get_dtype()]
-        numbers = (DTYPES[dtype], bias_dtype, m, n, k, _kernels(key).padded(n, k), x.get_stride()[0])
+        numbers = (bias is not None, DTYPES[dtype], bias_dtype, m, n, k, _kernels(key).padded(n, k), x.get_stride()[0])
         layout = ir.FixedLayout(x.get_device(), dtype, [m, n])
         constants = (key, profiled_name(key, V.graph.current_node), *numbers)
         made = cls(layout, inputs, constants, op_overload=ops.linear, python_kernel_name="qcompile_linear")
         return ir.TensorBox.create(made)
 
     def codegen(self, wrapper: Any) -> None:
-        key, name, *numbers = self.constant_args
+        key, name, has_bias, *numbers = self.constant_args
         function = f"qcompile_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         wrapper.add_import_once("from qcompile.codegen.cpp_call import caller as qcompile_caller")
         wrapper.add_import_once("from qcompile.inductor import linear_function as qcompile_function")
         wrapper.add_import_once("qcompile_linear = qcompile_caller().linear")
         wrapper.add_import_once(f"{function} = qcompile_function({key!r})")
         x, *rest = map(_address, self.inputs)
-        planes, bias = (rest, "None") if len(rest) == len(_kernels(key).scheme.format.parts) else (rest[:-1], rest[-1])
+        planes, bias = (rest[:-1], rest[-1]) if has_bias else (rest, "None")
         sizes = map(wrapper.codegen_python_sizevar, numbers)
         self.codegen_comment(wrapper)
         arguments = (function, self.codegen_reference(), x, bias, *sizes, *planes, repr(name))

@@ -17,6 +17,9 @@ from .formats import FormatSpec, Scheme, reference, scheme_of
 class Kernels(Protocol):
     """What a code generator gives for one scheme; planes are in spec order, shapes as in ``formats.layout``."""
 
+    reorders: bool
+    """Whether ``linear`` takes the order of the weight's columns as a plane after the others."""
+
     @property
     def source(self) -> str:
         """The generated text."""
@@ -117,6 +120,7 @@ class Prepared:
 
     inner: Kernels
     spec: FormatSpec
+    reorders = False
 
     @property
     def source(self) -> str:
@@ -125,7 +129,11 @@ class Prepared:
     def linear(
         self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, n: int
     ) -> torch.Tensor:
-        return self.inner.linear(reference.prepared(self.spec, x, planes), self._parts(planes), bias, n)
+        if not self.inner.reorders:
+            return self.inner.linear(reference.prepared(self.spec, x, planes), self._parts(planes), bias, n)
+        if self.spec.scaled:
+            x = (x * planes[-1]).to(x.dtype)
+        return self.inner.linear(x, planes[: len(self.spec.parts) + self.spec.permuted], bias, n)
 
     def rows(
         self, planes: Sequence[torch.Tensor], indices: torch.Tensor, n: int, k: int, dtype: torch.dtype

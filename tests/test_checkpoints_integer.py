@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from checkpoint_files import Encoder, check, encoded, llama, packed, write
 from qcompile import load
 from qcompile.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from qcompile.formats import reference
+from qcompile.formats.layout import by_plane, unpack_plane
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,11 +164,66 @@ def test_awq_tensor_that_does_not_fit_is_named(tmp_path: Path, end: str) -> None
         load(write(tmp_path / "none", model, tensors, AWQ))
 
 
-@pytest.mark.parametrize("change", [{"version": "gemv"}, {"bits": 3}, {"zero_point": False}])
+@pytest.mark.parametrize("change", [{"version": "gemv"}, {"bits": 3}])
 def test_other_layouts_of_awq_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     model = llama()
     with pytest.raises(UnsupportedCheckpointError, match="AWQ"):
         load(write(tmp_path, model, encoded(model, awq), AWQ | change))
+
+
+def test_awq_without_zero_points_has_them_in_the_middle(tmp_path: Path) -> None:
+    """As gptqmodel writes it: zero points of 8 are in the file all the same."""
+    model = llama()
+    tensors = encoded(model, awq)
+    for name in [n for n in tensors if n.endswith(".qzeros")]:
+        tensors[name] = torch.full_like(tensors[name], -0x77777778)
+    loaded = load(write(tmp_path, model, tensors, AWQ | {"zero_point": False}))
+    weight = loaded.model.layers[0].mlp.gate_proj.weight
+    zeros = unpack_plane(weight.scheme.format.planes[1], by_plane(weight.scheme.format, weight.planes)["zero"], weight.nk[0])
+    assert weight.scheme.label == "int4_zp_g64" and (zeros == 8).all()
+
+
+WRITER = """
+import sys
+import torch
+from gptqmodel import GPTQModel, QuantizeConfig
+from models import trained_decoder
+from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
+
+method, bits, order, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True", sys.argv[4]
+model, tokenizer, text = trained_decoder()
+model.save_pretrained(f"{folder}/float"), tokenizer.save_pretrained(f"{folder}/float")
+awq = {"quant_method": "awq", "format": "gemm"} if method == "awq" else {}
+settings = QuantizeConfig(bits=bits, group_size=128, desc_act=order, device="cpu", **awq)
+dtype = torch.float16 if method == "awq" else torch.float32  # the only ones that it takes
+ids = tokenizer(text[:60000])["input_ids"]
+batch = [{"input_ids": ids[i * 256 : (i + 1) * 256], "attention_mask": [1] * 256} for i in range(16)]
+written = GPTQModel.load(f"{folder}/float", settings, dtype=dtype)
+written.quantize(batch, batch_size=1)
+written.save(f"{folder}/packed")
+run = AwqConfig(bits=bits, backend="auto") if method == "awq" else GPTQConfig(bits=bits, backend="gptq_torch")
+theirs = AutoModelForCausalLM.from_pretrained(f"{folder}/packed", dtype=dtype, device_map="cpu", quantization_config=run)
+with torch.no_grad():
+    torch.save(theirs(torch.arange(1, 40)[None]).logits.float(), f"{folder}/logits.pt")
+"""
+
+
+@pytest.mark.parametrize(
+    "method,bits,order,name",
+    [("gptq", 4, False, "int4_zp_g128"), ("gptq", 3, True, "int3_zp_g128_order"), ("awq", 4, False, "int4_zp_g128")],
+)
+def test_written_by_gptqmodel(tmp_path: Path, method: str, bits: int, order: bool, name: str) -> None:
+    pytest.importorskip("gptqmodel", reason="gptqmodel quantizes and writes the file")
+    tests = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path]), "GPTQMODEL_CPU_WORKERS": "2"}
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", WRITER, method, str(bits), str(order), str(tmp_path)],
+                         env=env, cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    loaded = load(tmp_path / "packed").float()
+    assert packed(loaded) and {w.scheme.label for w in packed(loaded).values()} == {name}
+    with torch.no_grad():
+        ours, theirs = loaded(torch.arange(1, 40)[None]).logits.float(), torch.load(tmp_path / "logits.pt")
+    assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
 
 
 def bnb4(kind: str, nested: bool, block: int = 64, storage: torch.dtype = torch.uint8) -> Encoder:

@@ -257,14 +257,39 @@ def test_zero_points_exported_to_compressed_tensors(tmp_path: Path, name: str) -
     assert torch.equal(floats(qcompile.load(tmp_path))[f"{layer}.weight"], value)
 
 
-@pytest.mark.parametrize("name", ["int4_sym_g64", "int4_zp_g32", "int8_g32", "int3_zp_g64", "int2_zp_g64", "int4_zp_g32_order"])
-def test_exported_to_gptq(tmp_path: Path, name: str) -> None:
-    model = llama()
+GPTQ = ["int4_sym_g64", "int4_zp_g32", "int8_g32", "int3_zp_g64", "int2_zp_g64", "int4_zp_g32_order"]
+
+
+def packed_layers(name: str, **changes: Any) -> Any:
+    """A model whose linear layers, all but the head, are in format ``name``."""
+    model = llama(**changes)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
             module.weight = as_parameter(quantize(module.weight, Scheme(get(name))))
             if name.endswith("_order"):
                 shuffled(module.weight)
+    return model
+
+
+@pytest.mark.parametrize("name", GPTQ)
+def test_gptq_exports_load_in_transformers(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("gptqmodel", reason="transformers needs gptqmodel and optimum to load GPTQ")
+    from transformers import GPTQConfig
+
+    model = packed_layers(name, hidden_size=256, intermediate_size=512)
+    qcompile.save(model, tmp_path, layout="gptq")
+    bits = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["bits"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map="cpu",
+                                                  quantization_config=GPTQConfig(bits=bits, backend="gptq_torch"))  # fmt: skip
+    assert type(loaded.model.layers[0].mlp.up_proj).__module__.startswith("gptqmodel.")
+    reference = llama(hidden_size=256, intermediate_size=512)
+    reference.load_state_dict(floats(model))
+    assert rel(logits(loaded).float(), logits(reference)) <= 1e-3
+
+
+@pytest.mark.parametrize("name", GPTQ)
+def test_exported_to_gptq(tmp_path: Path, name: str) -> None:
+    model = packed_layers(name)
     qcompile.save(model, tmp_path, layout="gptq")
     ours, wanted = floats(qcompile.load(tmp_path)), floats(model)
     assert all(torch.equal(ours[n], w) for n, w in wanted.items())

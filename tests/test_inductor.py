@@ -10,6 +10,7 @@ from torch._inductor.utils import run_and_get_code
 
 from qcompile import inductor, ops
 from qcompile.codegen.cpp_call import caller
+from qcompile.errors import LayoutError
 from qcompile.formats import BUILT_IN, Scheme, get, reference, register_scheme
 
 N, K = 48, 64
@@ -92,14 +93,32 @@ def test_one_graph_for_every_number_of_rows() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # of 2 rows, of any number, of none
 
 
-def test_columns_in_another_order_are_gathered_first() -> None:
-    spec, k = next(s for s in BUILT_IN if s.permuted), 256
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_in_another_order_are_put_so_by_the_kernel(rows: int, dtype: torch.dtype) -> None:
+    spec, k = next(s for s in BUILT_IN if s.permuted), 300
     planes = list(reference.quantize(spec, torch.randn(N, k)))
     planes[-1] = torch.randperm(k).to(planes[-1].dtype)
-    key, x = register_scheme(Scheme(spec)), torch.randn(5, k)
-    got, (code,) = run_and_get_code(compiled(lambda x, *p: ops.linear(x, list(p), None, key, N)), x, *planes)
-    torch.testing.assert_close(got, x @ reference.decode(spec, planes, N, k).t(), rtol=1e-4, atol=1e-4)
-    assert CALL in code
+    key, x, bias = register_scheme(Scheme(spec)), torch.randn(rows, k + 7).to(dtype)[:, 3:-4], torch.randn(N)
+    got, (code,) = run_and_get_code(compiled(lambda x, b, *p: ops.linear(x, list(p), b, key, N)), x, bias, *planes)
+    want = x.float() @ reference.decode(spec, planes, N, k).t() + bias
+    bound = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got.float(), want, rtol=bound, atol=bound * float(want.abs().max()))
+    assert CALL in code and "cpp_pybinding(" not in code  # nothing gathers before
+
+
+def test_an_order_that_leaves_the_row_reads_nothing_beyond_it() -> None:
+    spec, k = next(s for s in BUILT_IN if s.permuted), 64
+    planes = list(reference.quantize(spec, torch.randn(N, k)))
+    for bad in (-1, k, 2**31 - 1):
+        planes[-1] = torch.full((k,), bad, dtype=torch.int32)
+        x = torch.arange(k).float().repeat(9, 1)
+        last = torch.full((9, k), k - 1.0)
+        plain = [*planes[:-1], torch.arange(k, dtype=torch.int32)]
+        key = register_scheme(Scheme(spec))
+        torch.testing.assert_close(ops.linear(x, planes, None, key, N), ops.linear(last, plain, None, key, N))
+    with pytest.raises(LayoutError, match="order of columns must be contiguous int32"):
+        ops.linear(x, [*planes[:-1], planes[-1].long()], None, key, N)
 
 
 @pytest.mark.parametrize("activations", [None, "int8"])

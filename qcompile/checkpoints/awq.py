@@ -1,7 +1,8 @@
 """AWQ's "gemm" layout (AutoAWQ, transformers): codes of 4 bits packed along N, eight of them interleaved in each word.
 
-``qweight`` int32 [K, N/8], ``qzeros`` int32 [G, N/8], ``scales`` [G, N]; nibble i of word j belongs to output
-8·j + (0, 2, 4, 6, 1, 3, 5, 7)[i], and weight[n, k] = scales[g, n] · (code[k, n] − zero[g, n]), g = k // group.
+``qweight`` int32 [K, N/8], ``qzeros`` int32 [G, N/8] (of 8 everywhere where ``zero_point`` is off), ``scales`` [G, N]; nibble i
+of word j belongs to output 8·j + (0, 2, 4, 6, 1, 3, 5, 7)[i], and
+weight[n, k] = scales[g, n] · (code[k, n] − zero[g, n]), g = k // group.
 """
 
 from __future__ import annotations
@@ -32,8 +33,6 @@ def read(files: TensorFiles, settings: Mapping[str, Any]) -> Checkpoint:
     if version != "gemm" or bits != 4 or type(group) is not int:
         raise UnsupportedCheckpointError(f"AWQ with version={version!r}, bits={bits!r}, group_size={group!r} is not read; "
                                          "version 'gemm' with 4 bits is")  # fmt: skip
-    if settings.get("zero_point", True) is not True:
-        raise UnsupportedCheckpointError("AWQ without zero points is not read; quantize with zero_point=True")
 
     def layer(name: str, parts: Mapping[str, Stored]) -> Weight:
         return _layer(name, parts, group)

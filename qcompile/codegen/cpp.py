@@ -55,7 +55,7 @@ QC_EXPORT int qc_linear(void* y, const void* x, const void* bias, int dtype, int
   Job job = {{}};
   job.y = y, job.bias = bias, job.dtype = dtype, job.bias_dtype = bias_dtype, job.threads = threads;
   job.m = m, job.n = n, job.k = padded;
-  return linear<Format>(job, {{x, k, stride}}, {listed});
+  return linear<Format>(job, {{x, k, stride, (const int32_t*)planes[{len(planes)}]}}, {listed});
 }}
 
 QC_EXPORT void qc_decode(void* out, int dtype, int threads, int64_t n, int64_t k, int64_t padded, {parameters}) {{
@@ -81,6 +81,8 @@ class CpuKernels:
     Raises :class:`FormatError` when the format cannot be printed and :class:`KernelBuildError` when the compiler fails.
     Calls release the interpreter lock and may run in several threads at once.
     """
+
+    reorders = True
 
     def __init__(self, scheme: Scheme, isa: str = "native") -> None:
         self.scheme = scheme
@@ -108,7 +110,8 @@ class CpuKernels:
 
         x is float32, float16 or bfloat16, of any strides and any number of rows, none included; bias is of any float
         dtype. ``planes`` are the stored tensors of an n×K weight in the format's order. Sums are in float32 (int32
-        within a scale's span with int8 activations). Raises :class:`LayoutError` for tensors that do not fit.
+        within a scale's span with int8 activations). One plane more, int32 ``[K]``, is the order in which the weight takes
+        the columns of x. Raises :class:`LayoutError` for tensors that do not fit.
         """
         dtype = DTYPES.get(x.dtype)
         if dtype is None or not x.is_cpu:
@@ -117,7 +120,10 @@ class CpuKernels:
         shape = x.shape
         k = shape[-1]
         rows = math.prod(shape[:-1])
-        padded = self._checked(planes, n, k)
+        parts = len(self.scheme.format.parts)
+        padded = self._checked(planes[:parts], n, k)
+        for order in planes[parts:]:
+            _check_order(order, k, self.scheme.label)
         y = torch.empty(*shape[:-1], n, dtype=x.dtype)
         x2 = x if x.dim() == 2 else x.reshape(rows, k)
         if x2.stride(1) != 1 and k > 1:
@@ -194,6 +200,12 @@ class CpuKernels:
             raise LayoutError(f"{self.scheme.label}: bias must be a float CPU tensor [{n}], found {bias.dtype} "
                               f"{list(bias.shape)} on {bias.device}")  # fmt: skip
         return (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+
+
+def _check_order(order: torch.Tensor, k: int, label: str) -> None:
+    if order.shape != (k,) or order.dtype != torch.int32 or not order.is_cpu or not order.is_contiguous():
+        raise LayoutError(f"{label}: the order of columns must be contiguous int32 [{k}] on the CPU, found {order.dtype} "
+                          f"{list(order.shape)} on {order.device}")  # fmt: skip
 
 
 @functools.cache

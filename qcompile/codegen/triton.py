@@ -72,6 +72,7 @@ class TritonKernels:
     Results do not depend on scheduling: a product that is split along K is summed in a fixed order.
     """
 
+    reorders = False
     permutes = torch.version.hip is None
     """Whether the GPU has the instruction of tables: NVIDIA's do; others select by bits."""
 

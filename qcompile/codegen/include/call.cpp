@@ -46,7 +46,7 @@ PyObject* call(PyObject* const* args, Py_ssize_t count) {
   int64_t numbers[NUMBERS - 4];
   for (Py_ssize_t i = 0; i < NUMBERS - 4; ++i) numbers[i] = PyLong_AsLongLong(args[4 + i]);
   const auto [dtype, bias_dtype, m, n, k, padded, stride] = numbers;
-  const void* addresses[MOST_PLANES];
+  const void* addresses[MOST_PLANES + 1] = {};  // a null one follows, in place of an order of columns
   for (Py_ssize_t i = 0; i < planes; ++i) addresses[i] = data_of(args[NUMBERS + i]);
   if (PyErr_Occurred()) return nullptr;
   if (m == 0 || n == 0) Py_RETURN_NONE;

@@ -18,8 +18,26 @@ constexpr Kernel kernel_of(int64_t m, int dtype) {
 
 struct Input {  // x as the caller has it
   const void* x;
-  int64_t k, stride;  // elements; elements from a row to the next
+  int64_t k, stride;     // elements; elements from a row to the next
+  const int32_t* order;  // [k]: which column the weight's i-th one meets; null: the i-th
 };
+
+constexpr int64_t TOGETHER = 4;  // rows that share the reading of an order
+
+// The columns of ROWS rows, `step` bytes apart, in their order, to rows that follow each other; none beyond the row is read.
+template <class T, int ROWS>
+static __attribute__((noinline)) void reorder(const char* from, int64_t step, const int32_t* order, int64_t k, T* to) {
+  for (int64_t i = 0; i < k; ++i) {
+    const int64_t asked = (uint32_t)order[i], at = asked < k ? asked : k - 1;
+    QC_UNROLL for (int r = 0; r < ROWS; ++r) to[r * k + i] = ((const T*)(from + r * step))[at];
+  }
+}
+
+template <class T>
+static void reorder_rows(int64_t count, const char* from, int64_t step, const int32_t* order, int64_t k, char* to) {
+  if (count == TOGETHER) return reorder<T, TOGETHER>(from, step, order, k, (T*)to);
+  for (int64_t r = 0; r < count; ++r) reorder<T, 1>(from + r * step, step, order, k, (T*)to + r * k);
+}
 
 // Everything that is made of x before the products.
 template <class F, class D>
@@ -32,12 +50,16 @@ struct Prepared {
   int32_t* packed;   // [k / WORD][width]
   float *scales, *float_sums, *own;
   int32_t* int_sums;
+  char* ordered;     // of each thread: the rows that it takes together, in the weight's order
+  int64_t size, together;
 
   Prepared(const Job& job, const Input& in) {
     few = job.m <= most_rows<F>();
     width = few ? width_of(job.m) : 1;
     sums = needs_sums<D, F>(!few && scaled<F, D>());
-    direct = F::ACTIVATIONS == AS_GIVEN && in.k == job.k && (size_t)in.x % 4 == 0 && in.stride % WORD == 0 &&
+    size = job.dtype == FLOAT32 ? 4 : 2;
+    together = in.order && job.m >= TOGETHER * job.threads ? TOGETHER : 1;
+    direct = F::ACTIVATIONS == AS_GIVEN && !in.order && in.k == job.k && (size_t)in.x % 4 == 0 && in.stride % WORD == 0 &&
              (WORD == 1 ? job.dtype == FLOAT32 : job.dtype == BFLOAT16);
   }
 
@@ -48,12 +70,27 @@ struct Prepared {
     float_sums = scratch.take<float>(sums ? job.m * job.spans : 0);
     int_sums = scratch.take<int32_t>(sums ? job.m * job.spans : 0);
     own = scratch.take<float>(few ? 0 : job.threads * panel_scratch<F, D>());
+    ordered = scratch.take<char>(in.order ? job.threads * together * in.k * size : 0);
   }
 
-  void row(const Job& job, const Input& in, int64_t m) {
+  // The rows that are taken together, from the m-th on.
+  void rows(const Job& job, const Input& in, int64_t m, int64_t thread) {
+    const int64_t count = job.m - m < together ? job.m - m : together;
+    const char* from = (const char*)in.x + m * in.stride * size;
+    int64_t step = in.stride * size;
+    if (in.order) {
+      char* const to = ordered + thread * together * in.k * size;
+      if (size == 4) reorder_rows<uint32_t>(count, from, step, in.order, in.k, to);
+      else reorder_rows<uint16_t>(count, from, step, in.order, in.k, to);
+      from = to, step = in.k * size;
+    }
+    for (int64_t i = 0; i < count; ++i) row(job, in, from + i * step, m + i);
+  }
+
+  void row(const Job& job, const Input& in, const char* from, int64_t m) {
     X* out = x + m * (direct ? in.stride : job.k);
     if (!direct) {
-      const float scale = convert_any(in, job, m, out);
+      const float scale = convert_any(from, in.k, job, out);
       if (F::ACTIVATIONS != AS_GIVEN) scales[m] = scale;
     }
     if (sums) sum_spans(out, span_of<F>(job.k), job.spans, float_sums + m * job.spans, int_sums + m * job.spans);
@@ -67,11 +104,10 @@ struct Prepared {
       for (int64_t m = 0; m < width; ++m) packed[i * width + m] = m < job.m ? ((const int32_t*)x)[m * stride + i] : 0;
   }
 
-  static float convert_any(const Input& in, const Job& job, int64_t m, X* out) {
-    const int64_t at = m * in.stride;
-    if (job.dtype == FLOAT32) return convert_row<F>((const float*)in.x + at, in.k, job.k, out);
-    if (job.dtype == FLOAT16) return convert_row<F>((const Half*)in.x + at, in.k, job.k, out);
-    return convert_row<F>((const Bfloat*)in.x + at, in.k, job.k, out);
+  static float convert_any(const void* from, int64_t k, const Job& job, X* out) {
+    if (job.dtype == FLOAT32) return convert_row<F>((const float*)from, k, job.k, out);
+    if (job.dtype == FLOAT16) return convert_row<F>((const Half*)from, k, job.k, out);
+    return convert_row<F>((const Bfloat*)from, k, job.k, out);
   }
 };
 
@@ -94,7 +130,7 @@ static int run(Job job, const Input& in, const typename F::Planes& planes) {
   {
     if (!p.direct || p.sums) {
 #pragma omp for
-      for (int64_t m = 0; m < job.m; ++m) p.row(job, in, m);
+      for (int64_t m = 0; m < job.m; m += p.together) p.rows(job, in, m, omp_get_thread_num());
     }
     if (p.width > 1) {
       const int64_t words = job.k / p.WORD, chunk = 64;
