@@ -12,7 +12,7 @@ from torch import nn
 
 import qcompile
 from qcompile import formats
-from qcompile.calibrate import gptq
+from qcompile.rounding import gptq
 from qcompile.errors import FormatError, OptionError, WeightError
 from qcompile.formats import FormatSpec, Plane, reference, search, symbols
 from qcompile.formats.codes import nearest_code

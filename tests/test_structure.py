@@ -19,7 +19,7 @@ LAYERS = [
     {"inductor"},
     {"tensor", "tensor_ops", "multihead", "kv_cache"},
     {"packing"},
-    {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "calibrate"},
+    {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "rounding"},
     {"tracing"},
     {"policy", "report", "trust"},
     {"timing"},
