@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +21,8 @@ from torch._inductor.virtualized import V
 
 from . import ops
 from .codegen.cpp import DTYPES, CpuKernels
-from .formats import scheme_of
-from .kernels import Permuted, for_key
+from .formats import FormatSpec, register_scheme, scheme_of
+from .kernels import Prepared, for_key
 from .names import module_name
 
 aten = torch.ops.aten
@@ -58,20 +59,29 @@ def linear_function(key: str) -> int:
 
 def _kernels(key: str) -> CpuKernels:
     found = for_key(key, "cpu")
-    return cast(CpuKernels, found.inner if isinstance(found, Permuted) else found)
+    return cast(CpuKernels, found.inner if isinstance(found, Prepared) else found)
 
 
 def _linear(x: Node, planes: Sequence[Node], bias: Node | None, scheme: str, n: int) -> Node:
+    spec = scheme_of(scheme).format
     direct = x.get_device().type == "cpu" and x.get_dtype() in DTYPES and not V.graph.cpp_wrapper
     if not direct or (bias is not None and bias.get_dtype() not in DTYPES):
+        if spec.scaled and not spec.permuted:
+            scheme, x = register_scheme(replace(scheme_of(scheme), format=spec.plain)), _prepared(spec, x, planes)
+            planes = planes[: len(spec.parts)]
         return lowering.fallback_handler(ops.linear, add_to_fallback_set=False)(x, planes, bias, scheme, n)
     *lead, k = x.get_size()
     flat = lowering.view(x, [math.prod(lead), k])
-    if scheme_of(scheme).format.permuted:
-        *planes, order = planes
-        flat = lowering.lowerings[aten.index.Tensor](flat, [None, order])
-    made = PackedLinear.create(flat, planes, bias, scheme, n)
+    made = PackedLinear.create(_prepared(spec, flat, planes), planes[: len(spec.parts)], bias, scheme, n)
     return lowering.view(made, [*lead, n])
+
+
+def _prepared(spec: FormatSpec, x: Node, planes: Sequence[Node]) -> Node:
+    """:func:`~qcompile.formats.reference.prepared` as pointwise IR, which Inductor fuses into what makes ``x [M, K]``."""
+    found = dict(zip(spec.columns, planes[len(spec.parts) :], strict=True))
+    if spec.scaled:
+        x = lowering.to_dtype(lowering.lowerings[aten.mul.Tensor](x, found["factors"]), x.get_dtype())
+    return lowering.lowerings[aten.index.Tensor](x, [None, found["order"]]) if spec.permuted else x
 
 
 class PackedLinear(ir.ExternKernelOut):

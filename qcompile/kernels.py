@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from .formats import Scheme, scheme_of
+from .formats import FormatSpec, Scheme, reference, scheme_of
 
 
 class Kernels(Protocol):
@@ -40,9 +40,8 @@ def for_scheme(scheme: Scheme, device_type: str) -> Kernels:
 
     Raises :class:`~qcompile.errors.KernelBuildError` when the generated code does not compile.
     """
-    if scheme.format.permuted:
-        in_order = replace(scheme, format=replace(scheme.format, permuted=False))
-        return Permuted(for_scheme(in_order, device_type))
+    if scheme.format.columns:
+        return Prepared(for_scheme(replace(scheme, format=scheme.format.plain), device_type), scheme.format)
     if device_type == "cuda":
         from .codegen.triton import triton_kernels
 
@@ -54,8 +53,8 @@ def for_scheme(scheme: Scheme, device_type: str) -> Kernels:
 
 def source_of(scheme: Scheme, device_type: str) -> str:
     """The text that is generated for ``scheme`` on ``"cpu"`` or ``"cuda"``; nothing is compiled for a CPU."""
-    if scheme.format.permuted:
-        return source_of(replace(scheme, format=replace(scheme.format, permuted=False)), device_type)
+    if scheme.format.columns:
+        return source_of(replace(scheme, format=scheme.format.plain), device_type)
     if device_type == "cuda":
         return for_scheme(scheme, device_type).source
     from .codegen.cpp import source
@@ -103,11 +102,12 @@ def attention_for(keys: str, values: str, device_type: str) -> AttentionKernels:
 
 
 @dataclass(frozen=True)
-class Permuted:
-    """Kernels of a format that stores the weight's columns in another order: the last plane, ``order`` int32 ``[K]``, says
-    which column is where. x is put into that order before the product; decoded rows are put back."""
+class Prepared:
+    """Kernels of a ``spec`` that stores the weight's columns in another order or over factors: those of its plain format,
+    and what the last planes say is done to x before the product, and to decoded rows."""
 
     inner: Kernels
+    spec: FormatSpec
 
     @property
     def source(self) -> str:
@@ -116,19 +116,23 @@ class Permuted:
     def linear(
         self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, n: int
     ) -> torch.Tensor:
-        return self.inner.linear(x.index_select(-1, planes[-1]), planes[:-1], bias, n)
+        return self.inner.linear(reference.prepared(self.spec, x, planes), self._parts(planes), bias, n)
 
     def rows(
         self, planes: Sequence[torch.Tensor], indices: torch.Tensor, n: int, k: int, dtype: torch.dtype
     ) -> torch.Tensor:
-        return _put_back(self.inner.rows(planes[:-1], indices, n, k, dtype), planes[-1])
+        stored = self.inner.rows(self._parts(planes), indices, n, k, self._exact(dtype))
+        return reference.in_place(self.spec, stored, planes).to(dtype)
 
     def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-        return _put_back(self.inner.decode(planes[:-1], n, k, dtype), planes[-1])
+        return reference.in_place(self.spec, self.inner.decode(self._parts(planes), n, k, self._exact(dtype)), planes).to(dtype)
 
+    def _exact(self, dtype: torch.dtype) -> torch.dtype:
+        """What is multiplied by factors is rounded after that, once."""
+        return torch.float32 if self.spec.scaled else dtype
 
-def _put_back(stored: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(stored).index_copy_(-1, order.long(), stored)
+    def _parts(self, planes: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return planes[: len(self.spec.parts)]
 
 
 @functools.cache

@@ -207,6 +207,7 @@ def _columns(w: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
         if plane.rows != 1:
             entries = entries[:1] if plane.rows == ALL else entries[::TILE_N]
         planes += pack_plane(spec, dataclasses.replace(plane, rows=min(plane.rows, TILE_N)), entries, n, stop - start)
+    planes += [each[start:stop] for each in w.planes[len(spec.parts) :]]
     return w.with_planes(planes, (stop - start, n) if w.transposed else (n, stop - start))
 
 

@@ -174,16 +174,17 @@ def test_headers_that_do_not_hold(tmp_path: Path, change: Any) -> None:
 
 def test_scales_and_orders_that_do_not_hold(tmp_path: Path) -> None:
     model = llama()
-    weight = quantize(model.model.layers[0].mlp.gate_proj.weight, Scheme(get("int4_zp_g128_order")))
+    weight = quantize(model.model.layers[0].mlp.gate_proj.weight, Scheme(get("int4_zp_g128_order_scaled")))
     model.model.layers[0].mlp.gate_proj.weight = as_parameter(weight)
-    for plane, bad in (("scale", weight.planes[0] * torch.nan), ("order", weight.planes[-1] * 0)):
+    bad_planes = (("scale", weight.planes[0] * torch.nan), ("order", weight.planes[-2] * 0), ("factors", -weight.planes[-1]))
+    for plane, bad in bad_planes:
         file = qcompile.save(model, tmp_path / plane)
         rewrite(file, lambda entry: None, {f"{WEIGHT}.{plane}": bad})
         with pytest.raises(CorruptCheckpointError, match=rf"gate_proj\.weight\.{plane}"):
             qcompile.load(tmp_path / plane)
 
 
-@pytest.mark.parametrize("spec", [*BUILT_IN, user_format()], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [*BUILT_IN, get("Q4_K_scaled"), user_format()], ids=lambda s: s.name)
 def test_every_declaration_comes_back_from_json(spec: FormatSpec) -> None:
     again = serial.from_dict(json.loads(json.dumps(serial.to_dict(spec))))
     assert again.fingerprint == spec.fingerprint and again.part_names == spec.part_names

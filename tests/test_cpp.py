@@ -11,7 +11,7 @@ import torch
 
 from qcompile.codegen.cpp import CpuKernels, cpu_kernels
 from qcompile.errors import FormatError, LayoutError
-from qcompile.formats import ALL, REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, symbols
+from qcompile.formats import ALL, REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, scaled, symbols
 from qcompile.formats.layout import pack_plane
 from qcompile.formats.reference import decode, quantize
 from qcompile.kernels import Kernels, for_scheme
@@ -51,6 +51,7 @@ def legal(spec: FormatSpec) -> list[Scheme]:
 
 
 REGISTERED = [scheme for spec in REGISTRY.values() for scheme in legal(spec)]
+FACTORS = [scaled(REGISTRY[name]) for name in ("int4_g128", "Q4_K", "int4_zp_g128_order", "int8")]
 UNREGISTERED = [scheme for spec in PRIVATE for scheme in legal(spec)]
 
 
@@ -70,7 +71,8 @@ def random_planes(spec: FormatSpec, n: int, k: int) -> list[torch.Tensor]:
             if not plane.is_code and plane.bits == 8 and plane.dtype == "u8":
                 entries = entries % 32 + 100  # near one, for float sums
         planes += pack_plane(spec, plane, entries, n, k)
-    return planes + ([torch.randperm(k).int()] if spec.permuted else [])
+    order, factors = [torch.randperm(k).int()] * spec.permuted, [torch.rand(k) + 0.5] * spec.scaled
+    return planes + order + factors
 
 
 def as_multiplied(x: torch.Tensor, activations: str | None) -> torch.Tensor:
@@ -139,6 +141,16 @@ def test_linear_of_registered_formats(scheme: Scheme) -> None:
                 check_linear(kernels, scheme, planes, weight, rows, dtype, biased=(rows + i) % 2 == 0)
 
 
+@pytest.mark.parametrize("spec", FACTORS, ids=lambda s: s.name)
+def test_inputs_are_multiplied_by_factors_of_columns(spec: FormatSpec) -> None:
+    torch.manual_seed(1)
+    kernels, (n, k) = for_scheme(Scheme(spec), "cpu"), (37, 300)
+    planes = quantize(spec, torch.randn(n, k), factors=torch.rand(k) + 0.5)
+    weight = decode(spec, planes, n, k).double()
+    for rows in (1, 5, 40):
+        check_linear(kernels, Scheme(spec), planes, weight, rows, torch.float32, biased=rows == 5)
+
+
 @pytest.mark.parametrize("scheme", UNREGISTERED, ids=label)
 def test_linear_and_decode_of_other_formats(scheme: Scheme) -> None:
     """Codes and scales of odd bits, scales of scales at two periods and shared by rows, tables, periods above a panel's depth
@@ -155,7 +167,7 @@ def test_linear_and_decode_of_other_formats(scheme: Scheme) -> None:
             check_linear(kernels, scheme, planes, weight, rows, torch.bfloat16, biased=True)
 
 
-@pytest.mark.parametrize("spec", REGISTRY.values(), ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [*REGISTRY.values(), *FACTORS], ids=lambda s: s.name)
 def test_decode_is_the_reference_for_every_code(spec: FormatSpec) -> None:
     torch.manual_seed(2)
     n, k = 37, 420

@@ -1,6 +1,7 @@
 """Formats as data: algebra, exact sizes, layout, tables, decoding, registry and schemes, over every registered format."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import itertools
@@ -250,6 +251,35 @@ def test_stored_columns_go_to_their_places() -> None:
     assert torch.equal(decoded[:, order], stored)
     assert (decoded - weight).norm() < 0.15 * weight.norm()
     assert torch.equal(reference.decode(permuted, planes, 20, 300), stored)
+
+
+def test_factors_of_columns_are_part_of_the_weight() -> None:
+    plain = formats.get("int4_g32")
+    spec = formats.get("int4_g32_scaled")
+    assert spec == formats.scaled(plain) and spec.plain == plain and "int4_g32_scaled" not in formats.names()
+    assert spec.fingerprint != plain.fingerprint and spec.nbytes(16, 256) == plain.nbytes(16, 256) + 4 * 256
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    factors = torch.rand(256, generator=torch.Generator().manual_seed(1)) + 0.5
+    planes = reference.quantize(spec, weight, factors=factors)
+    assert torch.equal(planes[-1], factors)
+    stored = reference.decode(plain, planes[:-1], 16, 256)
+    assert torch.equal(reference.decode(spec, planes, 16, 256), stored * factors)
+    assert (reference.decode(spec, planes, 16, 256) - weight).norm() < 0.15 * weight.norm()
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(reference.prepared(spec, x, planes) @ stored.t(),
+                               x @ reference.decode(spec, planes, 16, 256).t())  # fmt: skip
+    assert torch.equal(reference.quantize(spec, weight)[-1], torch.ones(256))
+
+
+def test_factors_are_checked() -> None:
+    weight, spec = torch.randn(16, 64), formats.get("int8_scaled")
+    for bad in (torch.ones(63), torch.zeros(64), torch.full((64,), float("nan"))):
+        with pytest.raises(WeightError, match=r"up_proj: factors must be \[64\], positive and finite"):
+            reference.quantize(spec, weight, "up_proj", factors=bad)
+    with pytest.raises(FormatError, match="has no factors for columns"):
+        reference.quantize(formats.get("int8"), weight, factors=torch.ones(64))
+    with pytest.raises(FormatError, match="end in '_scaled'"):
+        dataclasses.replace(spec, scaled=False)
 
 
 @each_format

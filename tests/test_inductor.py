@@ -102,6 +102,26 @@ def test_columns_in_another_order_are_gathered_first() -> None:
     assert CALL in code
 
 
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_of_columns_are_fused_into_what_makes_the_inputs(activations: str | None, dtype: torch.dtype) -> None:
+    spec, k = get("int4_g32_scaled"), 256
+    weight, factors = torch.randn(N, k), torch.rand(k) + 0.5
+    planes = reference.quantize(spec, weight, factors=factors)
+    key, x, gain = register_scheme(Scheme(spec, activations)), torch.randn(5, k).to(dtype), torch.randn(k).to(dtype)
+
+    def layer(x: torch.Tensor, gain: torch.Tensor, *p: torch.Tensor) -> torch.Tensor:
+        return ops.linear(torch.nn.functional.silu(x) * gain, list(p), None, key, N)
+
+    got, (code,) = run_and_get_code(compiled(layer), x, gain, *planes)
+    eager = layer(x, gain, *planes)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2  # fused, x is not rounded to bfloat16 before its factor
+    torch.testing.assert_close(got, eager, rtol=bound, atol=bound * eager.abs().max())
+    want = (torch.nn.functional.silu(x) * gain).float() @ reference.decode(spec, planes, N, k).t()
+    assert (eager - want).norm() < (0.04 if activations else 0.01) * want.norm()
+    assert CALL in code and code.count("async_compile.cpp_pybinding(") == 1
+
+
 def test_training_keeps_the_gradient() -> None:
     key, planes, weight = packed()
     x = torch.randn(3, K, requires_grad=True)

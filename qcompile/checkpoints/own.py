@@ -131,6 +131,9 @@ def _planes(spec: FormatSpec, sources: tuple[Stored, ...], k: int) -> list[torch
     for stored, plane in zip(sources, planes, strict=True):
         if plane.is_floating_point():
             finite(stored.name, plane)
-    if spec.permuted and not torch.equal(planes[-1].sort().values, torch.arange(k, dtype=torch.int32)):
-        raise CorruptCheckpointError(f"{sources[-1].name}: is no order of {k} columns")
+    for name, stored, plane in list(zip(spec.part_names, sources, planes, strict=True))[len(spec.parts) :]:
+        if name == "order" and not torch.equal(plane.sort().values, torch.arange(k, dtype=torch.int32)):
+            raise CorruptCheckpointError(f"{stored.name}: is no order of {k} columns")
+        if name == "factors" and not (plane > 0).all():
+            raise CorruptCheckpointError(f"{stored.name}: factors of columns must be positive")
     return planes

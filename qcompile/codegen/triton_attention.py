@@ -192,8 +192,9 @@ def _check(scheme: Scheme, printer: Printer) -> None:
     if shared := [p.name for p in spec.scales if p.rows != 1]:
         raise FormatError(f"format {spec.name!r}: plane {shared[0]!r} is shared by rows, which are tokens of a cache and come "
                           "one by one; use a format with rows=1")  # fmt: skip
-    if spec.permuted:
-        raise FormatError(f"format {spec.name!r}: its columns are stored in another order; use one without for keys and values")
+    if spec.columns:
+        raise FormatError(f"format {spec.name!r}: its columns are stored in another order or scaled; use {spec.plain.name!r} for "
+                          "keys and values")  # fmt: skip
 
 
 def check_format(spec: FormatSpec) -> None:

@@ -11,12 +11,12 @@ from . import gguf as _gguf
 from . import integer as _integer
 from .algebra import Affine, affine, gen_table, integer_gen, linear_gen
 from .scheme import Scheme, activations_of, register_scheme, scheme_of
-from .spec import ALL, ROW, Codebook, FormatSpec, Part, Plane, symbols
+from .spec import ALL, ROW, SCALED, Codebook, FormatSpec, Part, Plane, scaled, symbols
 
-__all__ = ["ALL", "BUILT_IN", "ROW", "Affine", "Codebook", "FormatSpec", "Part", "Plane",
+__all__ = ["ALL", "BUILT_IN", "ROW", "SCALED", "Affine", "Codebook", "FormatSpec", "Part", "Plane",
            "REGISTRY", "Scheme", "activations_of", "affine",
-           "find", "gen_table", "get", "integer_gen", "linear_gen", "names", "register_format", "register_scheme", "scheme_of",
-           "symbols"]  # fmt: skip
+           "find", "gen_table", "get", "integer_gen", "linear_gen", "names", "register_format", "register_scheme", "scaled",
+           "scheme_of", "symbols"]  # fmt: skip
 
 REGISTRY: dict[str, FormatSpec] = {}
 
@@ -36,21 +36,26 @@ def register_format(spec: FormatSpec) -> FormatSpec:
 
 
 def find(name: str) -> FormatSpec | None:
-    """The format ``name``: registered (upper and lower case alike), or a family's with numbers of its own, like "int3_g96",
-    which is registered by asking. None if there is none."""
+    """The format ``name``: registered (upper and lower case alike), a family's with numbers of its own, like "int3_g96", or
+    one of these with "_scaled" behind it; the last two are registered by asking. None if there is none."""
     if name in REGISTRY:
         return REGISTRY[name]
     folded = name.casefold()
     for known in REGISTRY:
         if known.casefold() == folded:
             return REGISTRY[known]
+    if folded.endswith(SCALED) and (base := find(folded.removesuffix(SCALED))) is not None:
+        return _asked(scaled(base))
     for pattern, make in _FAMILIES:
         if (match := re.fullmatch(pattern, folded)) and all(int(v) > 1 for v in match.groupdict().values()):
-            made: FormatSpec = make(**{k: int(v) for k, v in match.groupdict().items()})
-            if made.name not in REGISTRY:
-                _asked_for.add(made.name)
-            return REGISTRY.setdefault(made.name, made)
+            return _asked(make(**{k: int(v) for k, v in match.groupdict().items()}))
     return None
+
+
+def _asked(made: FormatSpec) -> FormatSpec:
+    if made.name not in REGISTRY:
+        _asked_for.add(made.name)
+    return REGISTRY.setdefault(made.name, made)
 
 
 _asked_for: set[str] = set()

@@ -110,7 +110,7 @@ def check_planes(spec: FormatSpec, planes: Sequence[torch.Tensor], n: int, k: in
     if len(planes) != len(spec.part_names):
         raise LayoutError(f"{layer}: format {spec.name} has {len(spec.part_names)} planes, found {len(planes)}")
     wanted: list[tuple[tuple[int, ...], torch.dtype]] = [(spec.part_shape(part, n, k), part.dtype) for part in spec.parts]
-    wanted += [((k,), torch.int32)] if spec.permuted else []
+    wanted += [((k,), dtype) for dtype in spec.columns.values()]
     for name, (shape, dtype), tensor in zip(spec.part_names, wanted, planes, strict=True):
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise LayoutError(f"{layer}: plane {name!r} of {spec.name} for a {n}×{k} weight must be {dtype} "

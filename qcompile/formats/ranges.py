@@ -26,7 +26,7 @@ def range_planes(spec: FormatSpec) -> tuple[Plane, Plane | None]:
     shared = [p.name for p in spec.scales if p.rows != 1]
     scale = scales.get(str(form.coeff))
     zeros = [p for p in spec.scales if p is not scale]
-    fits = scale is not None and not scale.is_integer and not shared and not spec.permuted and len(zeros) <= 1
+    fits = scale is not None and not scale.is_integer and not shared and not spec.columns and len(zeros) <= 1
     if fits and zeros:
         zero = zeros[0]
         names = {s.name: s for s in spec.value.free_symbols}

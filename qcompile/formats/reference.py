@@ -19,11 +19,13 @@ CHUNK_ELEMENTS = 1 << 20
 
 
 def quantize(
-    spec: FormatSpec, weight: torch.Tensor, layer: str = "weight", importance: torch.Tensor | None = None
-) -> list[torch.Tensor]:
+    spec: FormatSpec, weight: torch.Tensor, layer: str = "weight", importance: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
+) -> list[torch.Tensor]:  # fmt: skip
     """Quantizes a float ``[N, K]`` weight; returns the stored planes in spec order.
 
     ``importance``, float ``[K]``, not negative, weighs the squared error of each input's weights (None: all equal).
+    ``factors``, float ``[K]``, positive, are those of a scaled format (None: 1): the weight over them is what is rounded.
     Rows are worked on in chunks, so peak memory is the planes plus one chunk. Raises :class:`WeightError` for a
     weight that is not a 2-D float tensor or has NaN or infinite values.
     """
@@ -32,6 +34,10 @@ def quantize(
     if importance is not None and (importance.shape != weight.shape[1:] or not (importance >= 0).all()):
         raise WeightError(f"{layer}: importance must be [{weight.shape[1]}] and not negative, found {list(importance.shape)}")
     n, k = weight.shape
+    if factors is not None:
+        _check_factors(spec, factors, k, layer)
+        weight = weight.to(torch.float32) / factors
+        importance = factors**2 if importance is None else importance * factors**2
     stored = [torch.empty(spec.part_shape(p, n, k), dtype=p.dtype, device=weight.device) for p in spec.parts]
     fixed = whole_tensor_entries(spec, weight, layer)
     shared = any(p.rows == ALL and p.name not in fixed for p in spec.scales)  # then all rows are one chunk
@@ -41,9 +47,22 @@ def quantize(
         parts = [part for plane in spec.planes for part in pack_plane(spec, plane, entries[plane.name], len(chunk), k)]
         for whole, part in zip(stored, parts, strict=True):
             whole[tiles].copy_(part)
-    if spec.permuted:
-        stored.append(torch.arange(k, dtype=torch.int32, device=weight.device))
+    return stored + columns(spec, k, weight.device, factors)
+
+
+def columns(spec: FormatSpec, k: int, device: torch.device, factors: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The tensors ``[K]`` that follow the parts of a weight: its columns in their own order, and ``factors`` (None: 1)."""
+    stored = [torch.arange(k, dtype=torch.int32, device=device)] if spec.permuted else []
+    if spec.scaled:
+        stored.append(torch.ones(k, device=device) if factors is None else factors.to(device, torch.float32).clone())
     return stored
+
+
+def _check_factors(spec: FormatSpec, factors: torch.Tensor, k: int, layer: str) -> None:
+    if not spec.scaled:
+        raise FormatError(f"{layer}: format {spec.name} has no factors for columns; use scaled({spec.name})")
+    if factors.shape != (k,) or not (torch.isfinite(factors) & (factors > 0)).all():
+        raise WeightError(f"{layer}: factors must be [{k}], positive and finite, found {list(factors.shape)}")
 
 
 def chunks(
@@ -135,10 +154,23 @@ def decode(
     value = value * torch_function(spec, form.coeff, names)(*wide.values()).unsqueeze(-1)
     if form.offset != 0:
         value = value + torch_function(spec, form.offset, names)(*wide.values()).unsqueeze(-1)
-    value = value.view(n, cols)[:, :k].to(dtype)
-    if not spec.permuted:
-        return value.contiguous()
-    return torch.empty_like(value).index_copy_(1, planes[-1].long(), value)
+    return in_place(spec, value.view(n, cols)[:, :k], planes).to(dtype).contiguous()
+
+
+def in_place(spec: FormatSpec, stored: torch.Tensor, planes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Float rows ``[..., K]`` that the parts stand for → those of the weight: columns put back, times their factors."""
+    found = dict(zip(spec.columns, planes[len(spec.parts) :], strict=True))
+    if spec.permuted:
+        stored = torch.empty_like(stored).index_copy_(-1, found["order"].long(), stored)
+    return (stored * found["factors"]).to(stored.dtype) if spec.scaled else stored
+
+
+def prepared(spec: FormatSpec, x: torch.Tensor, planes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Inputs ``[..., K]`` as the parts of a weight take them: times the factors of columns, and in their order."""
+    found = dict(zip(spec.columns, planes[len(spec.parts) :], strict=True))
+    if spec.scaled:
+        x = (x * found["factors"]).to(x.dtype)
+    return x.index_select(-1, found["order"]) if spec.permuted else x
 
 
 def tile_rows(spec: FormatSpec, planes: Sequence[torch.Tensor], start: int, count: int) -> list[torch.Tensor]:

@@ -37,6 +37,7 @@ def to_dict(spec: FormatSpec) -> dict[str, Any]:
             for book in spec.codebooks
         ],
         "permuted": spec.permuted,
+        "scaled": spec.scaled,
         "fingerprint": spec.fingerprint,
     }
 
@@ -51,7 +52,8 @@ def from_dict(data: Any) -> FormatSpec:
         nodes = _count(data["value"])
         if nodes > MAX_NODES or _degree(data["value"]) > MAX_DEGREE:
             raise FormatError(f"format {data['name']!r}: its value is larger than {MAX_NODES} nodes of degree {MAX_DEGREE}")
-        spec = FormatSpec(str(data["name"]), planes, _expr(data["value"]), books, permuted=bool(data["permuted"]))
+        spec = FormatSpec(str(data["name"]), planes, _expr(data["value"]), books, permuted=bool(data["permuted"]),
+                          scaled=bool(data.get("scaled", False)))  # fmt: skip
         fingerprint = data["fingerprint"]
     except (KeyError, TypeError, ValueError, IndexError, RecursionError, AttributeError) as error:
         raise FormatError(f"not a format that a file can hold: {error!r}") from error

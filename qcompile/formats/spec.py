@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import re
@@ -22,6 +23,9 @@ ALL = 0
 
 TILE_N = 16
 """Rows interleaved in storage; see :mod:`qcompile.formats.layout`."""
+
+SCALED = "_scaled"
+"""What names of formats with a factor for each column end in."""
 
 INTEGERS = {**{f"u{bits}": bits for bits in range(1, 9)}, "i8": 8}
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -142,7 +146,9 @@ class FormatSpec:
     ``value`` (:mod:`qcompile.formats.search`), which tries the shares ``shrinks`` of a group's range (None: by the bits of
     a code; (): the range itself, unrefined). A ``permuted`` format stores the weight's columns in another order, which
     is kept in a further tensor ``order`` int32 ``[K]``: stored column i is column ``order[i]`` of the weight (GPTQ's
-    activation order). Raises :class:`FormatError` when planes and value do not fit together.
+    activation order). A ``scaled`` one, made by :func:`scaled`, holds the weight divided by a factor for each column; the
+    factors, which inputs are multiplied by, are a further tensor ``factors`` float32 ``[K]``.
+    Raises :class:`FormatError` when planes and value do not fit together.
     """
 
     name: str
@@ -152,10 +158,11 @@ class FormatSpec:
     quantizer: Quantizer | None = field(default=None, compare=False)
     permuted: bool = False
     shrinks: tuple[float, ...] | None = field(default=None, compare=False)
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.planes]
-        parts = [part.name for part in self.parts] + ["order"]
+        parts = [part.name for part in self.parts] + ["order", "factors"]
         used = {s.name for s in self.value.free_symbols}
         if len(set(names)) != len(names) or len(set(parts)) != len(parts):
             raise FormatError(f"format {self.name!r}: two planes have one name in {names} (stored as {parts})")
@@ -171,6 +178,9 @@ class FormatSpec:
                               "7 bits are one plane u3, u5, u6 or u7")  # fmt: skip
         if not re.fullmatch(r"\w+", self.name):
             raise FormatError(f"format name {self.name!r}: use letters, digits and _")
+        if self.name.endswith(SCALED) != self.scaled:
+            raise FormatError(f"format name {self.name!r}: names of formats with a factor for each column, and no others, end in "
+                              f"{SCALED!r}")  # fmt: skip
 
     @cached_property
     def code(self) -> Plane:
@@ -183,13 +193,25 @@ class FormatSpec:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The stored tensors in their order, without ``order``."""
+        """The stored tensors in their order, without those of :attr:`columns`."""
         return tuple(part for plane in self.planes for part in plane.parts)
 
     @cached_property
     def part_names(self) -> tuple[str, ...]:
         """Names of all stored tensors."""
-        return (*(part.name for part in self.parts), *(("order",) if self.permuted else ()))
+        return (*(part.name for part in self.parts), *self.columns)
+
+    @cached_property
+    def columns(self) -> dict[str, torch.dtype]:
+        """Stored tensors ``[K]`` after the parts, which say what is done to inputs before they meet the parts."""
+        return ({"order": torch.int32} if self.permuted else {}) | ({"factors": torch.float32} if self.scaled else {})
+
+    @cached_property
+    def plain(self) -> FormatSpec:
+        """The format of the parts alone: what kernels are made for."""
+        if not self.columns:
+            return self
+        return dataclasses.replace(self, name=self.name.removesuffix(SCALED), permuted=False, scaled=False)
 
     @cached_property
     def period(self) -> int:
@@ -236,7 +258,7 @@ class FormatSpec:
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of the stored planes of an N×K weight, padding included."""
         stored = sum(math.prod(self.part_shape(p, n, k)) * p.dtype.itemsize for p in self.parts)
-        return stored + (4 * k if self.permuted else 0)
+        return stored + sum(dtype.itemsize * k for dtype in self.columns.values())
 
     def bits_per_weight(self, n: int | None = None, k: int | None = None) -> sympy.Expr:
         """Exact bits per weight; what comes once a row, a column or a tensor adds bits/K, bits/N or bits/(N·K), with N and K
@@ -245,16 +267,23 @@ class FormatSpec:
         width = sympy.Symbol("K", positive=True) if k is None else sympy.Integer(k)
         each = [sympy.Rational(p.bits) / (width if p.per == ROW else p.per) / (height if p.rows == ALL else p.rows)
                 for p in self.planes]  # fmt: skip
-        return sympy.Add(*each, 32 / height if self.permuted else 0)
+        return sympy.Add(*each, *(8 * dtype.itemsize / height for dtype in self.columns.values()))
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over every field that decides a value: name, planes, expression, tables, order."""
+        """16 hex digits over every field that decides a value: name (which tells of factors), planes, expression, tables,
+        order."""
         text = repr((self.name, self.planes, sympy.srepr(self.value), self.codebooks, self.permuted))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def codebook(self, name: str) -> Codebook:
         return next(c for c in self.codebooks if c.name == name)
+
+
+def scaled(spec: FormatSpec) -> FormatSpec:
+    """``spec`` with a factor for each column: value(planes) · factors[k] is the weight, and inputs are multiplied by the
+    factors before the product (Xiao et al., "SmoothQuant", 2023; Lin et al., "AWQ", 2024)."""
+    return spec if spec.scaled else dataclasses.replace(spec, name=spec.name + SCALED, scaled=True)
 
 
 def symbols(names: str) -> tuple[sympy.Symbol, ...]:

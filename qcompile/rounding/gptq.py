@@ -120,7 +120,7 @@ def quantize(
              reference.chunks(spec, weight, layer, CHUNK_ELEMENTS)]  # fmt: skip
     entries = {p.name: parts[0][p.name] if p.rows == ALL else torch.cat([part[p.name] for part in parts]) for p in spec.planes}
     planes = [stored for p in spec.planes for stored in pack_plane(spec, p, entries[p.name], n, k)]
-    return planes + ([torch.arange(k, dtype=torch.int32, device=weight.device)] if spec.permuted else [])
+    return planes + reference.columns(spec, k, weight.device)
 
 
 def _round_rows(
