@@ -7,20 +7,16 @@ fitted to the errors of earlier ones. One Hessian is alive at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from qcompile.options import Options
 from qcompile.packing import Packed
-from qcompile.recorder import Recorder
-from qcompile.rounding.methods import METHODS, NEAREST
+from qcompile.rounding.methods import METHODS
 
-from .convert import Conversion
-from .lanes import Call, Lane, current, lanes
 from .session import Session
-from .walk import Product, Stop, Walk, Weight, products
+from .walk import Walk, Weight, products
 
 GPTQ = "rounded by GPTQ"
 NOT_MULTIPLIED = "no linear layer of this graph multiplies by it"
@@ -56,3 +52,7 @@ def rounded(
             error.add_note("raised while qcompile ran the graph once for rounding='gptq'; rounding='nearest' needs no run")
             raise
     return found | {n: session.outcomes[w.name].packed for n, w in served.items() if w.name in session.outcomes}
+
+
+def _cuda(values: Sequence[Any]) -> list[torch.device]:
+    return list({v.device for v in values if isinstance(v, torch.Tensor) and v.is_cuda})

@@ -23,16 +23,19 @@ from qcompile.report import Picture
 from qcompile.tensor import QuantizedTensor
 
 from .attention import rewrite
-from .calibrate import GPTQ, UNSEEN, Weight, rounded
+from .calibrate import GPTQ, rounded
 from .convert import Conversion
 from .discover import attention_of, discover
 from .notices import GRAD, note_failure, some, warn_of_fallback, warn_of_grad, warn_of_nearest
 from .picture import picture
 from .siblings import siblings
+from .walk import Weight
 
 ATTENTION_GRAD = "attention in low precision has no backward; call under torch.no_grad()"
 
 TABLE = "rows of an embedding are to change least themselves"
+
+UNSEEN = "the layer's inputs were not seen before it was packed"
 
 Done = Callable[[QuantizedTensor, int, float], None]
 
@@ -181,7 +184,8 @@ class Compilation:
         assert self.rounding is not None
         here = {name: found[id(v)] for name, v in self.values.items() if id(v) in found}
         self.rounding |= {self.owners.name(self.values[name]) or "": TABLE for name, c in here.items() if c.looked_up}
-        weights = {name: Weight(c.layer, c.scheme.format, c.transposed) for name, c in here.items() if not c.looked_up}
+        weights = {name: Weight(self.owners.name(self.values[name]) or name, c.layer, c.scheme, c.transposed, self.values[name])
+                   for name, c in here.items() if not c.looked_up}  # fmt: skip
         made: dict[int, Conversion] = {}
         for name, result in rounded(self.gm, self.example_inputs, weights).items():
             parameter = self.values[name]
