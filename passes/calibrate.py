@@ -43,7 +43,7 @@ def rounded(
     session = Session(method)
     for weight in served.values():
         session.want(weight)
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(_cuda(example_inputs)):
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(cuda_of(example_inputs)):
         try:
             session.enter(gm, example_inputs)
             for stop in Walk(gm, products(gm), session).stops(example_inputs):
@@ -54,5 +54,6 @@ def rounded(
     return found | {n: session.outcomes[w.name].packed for n, w in served.items() if w.name in session.outcomes}
 
 
-def _cuda(values: Sequence[Any]) -> list[torch.device]:
+def cuda_of(values: Sequence[Any]) -> list[torch.device]:
+    """Devices whose random numbers a run on ``values`` may draw."""
     return list({v.device for v in values if isinstance(v, torch.Tensor) and v.is_cuda})

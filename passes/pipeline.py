@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qcompile import target
+from qcompile.calibration import Calibration
 from qcompile.errors import KernelBuildError
 from qcompile.formats import Scheme, register_scheme
 from qcompile.kernels import attention_for, begin, for_key
@@ -37,6 +38,8 @@ TABLE = "rows of an embedding are to change least themselves"
 
 UNSEEN = "the layer's inputs were not seen before it was packed"
 
+NOT_CALIBRATED = "no graph of the calibration had the layer"
+
 Done = Callable[[QuantizedTensor, int, float], None]
 
 
@@ -56,7 +59,8 @@ class Compilation:
         owners: Owners | None = None,
     ) -> None:
         self.gm, self.options = gm, options
-        self.rounding: dict[str, str] | None = {} if options.rounding == "gptq" else None
+        fitted = options.rounding == "gptq" or options.calibration is not None
+        self.rounding: dict[str, str] | None = {} if fitted else None
         self.owners = owners or Owners()
         self.look_at(example_inputs)
         self.root = self.owners.root(self.parameters[0]) if self.parameters else None
@@ -90,6 +94,8 @@ class Compilation:
             owned = [self.owners.slots[id(v)][0] for v in self.parameters]
             for sibling in siblings(self.owners, self.root, owned):
                 self._decide([sibling.rename(s) for s in loose], found)
+        if self.options.calibration is not None:
+            found = {at: self._as_calibrated(c, self.options.calibration) for at, c in found.items()}
         if self.options.rounding == "gptq":
             warn_of_nearest([c.layer for c in found.values() if c.packed is None and not c.looked_up])
         if self.options.strict:
@@ -147,7 +153,7 @@ class Compilation:
     def _decide(self, sites: list[Site], found: dict[int, Conversion]) -> None:
         """Asks the policy about float ``sites``; adds to ``found``, by parameter, what it wants packed."""
         names = [name for name, _ in self.root.named_modules()] if self.root is not None else ()
-        for decision in map(self._unless_failed, self.options.policy.decide(sites, self.target, names)):
+        for decision in map(self._refined, self.options.policy.decide(sites, self.target, names)):
             slots = self._slots(decision.site)
             parameter = slots[0].get() if slots else None
             if isinstance(parameter, QuantizedTensor):
@@ -167,8 +173,12 @@ class Compilation:
                                                   looked_up=not decision.site.is_linear,
                                                   failed=self._failed(decision.site))  # fmt: skip
 
-    def _unless_failed(self, decision: Decision) -> Decision:
-        """``decision``, or the reason of a failure that left its site in floating point before."""
+    def _refined(self, decision: Decision) -> Decision:
+        """``decision`` with the scheme that a calibration packs it in, or with the reason of a failure that left its site in
+        floating point before."""
+        if self.options.calibration is not None and decision.scheme is not None and decision.site.parameter is not None:
+            scheme = self.options.calibration.scheme_for(decision.site.parameter, decision.scheme)
+            decision = dataclasses.replace(decision, scheme=scheme)
         keys = (decision.site.parameter, decision.scheme and decision.scheme.key)
         reason = next((self.recorder.failures[k] for k in keys if k in self.recorder.failures), None)
         return decision if reason is None else dataclasses.replace(decision, scheme=None, reason=reason)
@@ -183,16 +193,28 @@ class Compilation:
         """The conversions of this graph's weights, as GPTQ rounds them on the inputs of the call."""
         assert self.rounding is not None
         here = {name: found[id(v)] for name, v in self.values.items() if id(v) in found}
-        self.rounding |= {self.owners.name(self.values[name]) or "": TABLE for name, c in here.items() if c.looked_up}
+        self.rounding |= {self.owners.name(self.values[name]) or "": f"rounded to nearest: {TABLE}" for name, c in here.items() if c.looked_up}
         weights = {name: Weight(self.owners.name(self.values[name]) or name, c.layer, c.scheme, c.transposed, self.values[name])
                    for name, c in here.items() if not c.looked_up}  # fmt: skip
         made: dict[int, Conversion] = {}
         for name, result in rounded(self.gm, self.example_inputs, weights).items():
             parameter = self.values[name]
-            self.rounding[self.owners.name(parameter) or ""] = result if isinstance(result, str) else GPTQ
+            said = f"rounded to nearest: {result}" if isinstance(result, str) else GPTQ
+            self.rounding[self.owners.name(parameter) or ""] = said
             if not isinstance(result, str):
                 made[id(parameter)] = dataclasses.replace(found[id(parameter)], packed=result)
         return made
+
+    def _as_calibrated(self, conversion: Conversion, calibration: Calibration) -> Conversion:
+        """``conversion`` with the planes that were found for its weight. Raises ``PolicyError`` where they are for another."""
+        assert self.rounding is not None
+        value = conversion.slots[0].get()
+        name = self.owners.name(value) if value is not None else None
+        if value is None or name is None or value.is_meta:
+            return conversion
+        entry = calibration.weights.get(name)
+        self.rounding[name] = entry.said if entry is not None else f"rounded to nearest: {NOT_CALIBRATED}"
+        return dataclasses.replace(conversion, packed=calibration.packed_for(name, value, conversion.transposed))
 
     def _restricted(self, site: Site) -> Site:
         """``site`` with the reason, if there is one, why its weight cannot be exchanged."""
@@ -230,6 +252,8 @@ class Compilation:
         rule on a role is refused once this graph holds every matrix of the model."""
         if self.root is None:
             return
+        if self.options.calibration is not None:
+            self.options.calibration.check_names([name for name, _ in self.root.named_parameters()])
         here = {id(v) for v in self.parameters}
         whole = all(id(p) in here for p in self.root.parameters() if p.dim() >= 2)
         sites = [*self.sites, *self.recorder.sites()]
@@ -257,15 +281,14 @@ def kernel_name(scheme: Scheme, device: torch.device) -> str:
 def _recording(recorder: Recorder, decision: Decision, rounding: Mapping[str, str] | None) -> Done:
     """Must not hold the compilation: it holds the float weights, which are to go one by one.
 
-    ``rounding`` tells, by parameter, what a calibration rounded it by, or why it did not; None without calibration.
+    ``rounding`` tells, by parameter, what rounded it, or why it was rounded to nearest; None where all are.
     """
 
     def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
         said = decision
         if rounding is not None:
-            how = rounding.get(decision.site.parameter or "", UNSEEN)
-            note = GPTQ if how == GPTQ else f"rounded to nearest: {how}"
-            said = dataclasses.replace(decision, rule=f"{decision.rule}; {note}")
+            how = rounding.get(decision.site.parameter or "", f"rounded to nearest: {UNSEEN}")
+            said = dataclasses.replace(decision, rule=f"{decision.rule}; {how}")
         recorder.add(packed_record(said, packed, before, decibels))
 
     return done

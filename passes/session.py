@@ -15,7 +15,8 @@ from torch import nn
 from qcompile.errors import FingerprintError
 from qcompile.formats import Scheme, scheme_of
 from qcompile.packing import Packed, known, packed
-from qcompile.rounding.methods import Found, Layer, Method, decoded, to_nearest
+from qcompile.rounding.layers import Found, Layer, decoded
+from qcompile.rounding.methods import Method, to_nearest
 from qcompile.rounding.seen import Seen, output_error
 from qcompile.store import code_version, the_store
 
@@ -118,9 +119,8 @@ class Session:
                 for layer, near, one in zip(layers, plain, found, strict=True)]  # fmt: skip
 
     def _error(self, layer: Layer, found: Found, seen: Seen) -> float:
-        n, k = layer.matrix.shape
-        made = decoded(found.scheme.format, found.planes, n, k, torch.float32)
-        return output_error(seen.sample, layer.matrix, made, found.scheme.activations)
+        made = found.decoded(*layer.matrix.shape, torch.float32)
+        return output_error(seen.sample, layer.matrix, made, found.scheme.activations, found.factors)
 
     def _packed(self, weights: Sequence[Weight], made: Sequence[tuple[Found, float, float]], parts: Any) -> list[Outcome]:
         """The planes as the store has them: mapped from their files, which takes no memory until they are read."""

@@ -22,7 +22,7 @@ LAYERS = [
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "rounding"},
     {"tracing"},
     {"policy", "report", "trust"},
-    {"timing"},
+    {"timing", "calibration"},
     {"options", "recorder", "trail"},
     {"repro"},
     {"comparison"},

@@ -5,55 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import OptionError, nearest
-from ..formats import FormatSpec, Scheme, reference
+from ..formats import Scheme, reference
 from ..formats.search import has_search
-from ..formats.spec import TILE_N
-from . import gptq
-from .seen import CHUNK_ELEMENTS, Seen
+from . import factors, gptq
+from .layers import Found, Layer
+from .seen import Seen
 
 NEAREST = "nearest"
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A linear layer to pack: its ``name``, for messages, its ``scheme`` and its float ``matrix`` ``[N, K]``."""
-
-    name: str
-    scheme: Scheme
-    matrix: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Found:
-    """A packed layer: stored ``planes`` in the format of ``scheme``, which may be another variant than was asked for, the
-    ``method`` that found them, and what else a reader should know (``note``)."""
-
-    scheme: Scheme
-    planes: Sequence[torch.Tensor]
-    method: str
-    note: str = ""
-
-    def decoded(self, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-        """The ``[N, K]`` weight in ``dtype``."""
-        return decoded(self.scheme.format, self.planes, n, k, dtype)
-
-
-def decoded(spec: FormatSpec, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """The ``[N, K]`` weight in ``dtype``, made in row chunks, since decoding works in float32."""
-    out = torch.empty(n, k, dtype=dtype, device=planes[0].device)
-    step = max(1, CHUNK_ELEMENTS // k // TILE_N) * TILE_N
-    for start in range(0, n, step):
-        part = out[start : start + step]
-        part.copy_(reference.decode(spec, reference.tile_rows(spec, planes, start, len(part)), len(part), k))
-    return out
-
-
-@dataclass(frozen=True)
 class Method:
-    """``why_not(scheme)``: why it cannot serve one, or None. ``pack(layers, seen)`` packs layers that take the same inputs, all of
+    """``why_not(scheme)``: why it cannot serve one, or None. ``pack(layers, seen)`` packs layers that take the same inputs, of
     schemes that it serves."""
 
     name: str
@@ -99,6 +63,9 @@ METHODS = {
     m.name: m
     for m in (
         Method("gptq", True, lambda scheme: gptq.why_not(scheme.format), _by_gptq),
+        Method("awq", False, factors.why_no_factors, factors.awq),
+        Method("awq+gptq", True, lambda s: gptq.why_not(s.format) or factors.why_no_factors(s), factors.awq_gptq),
+        Method("smoothquant", False, factors.why_no_smoothing, factors.smoothquant),
         Method("imatrix", False, _why_no_importance, _by_importance),
     )
 }

@@ -21,7 +21,7 @@ SAMPLE_ROWS = 512
 class Seen:
     """The inputs x ``[rows, K]`` of layers that take the same ones, float32.
 
-    ``mean_square``, ``mean_abs`` and ``largest`` ``[K]``: mean of x², mean and maximum of \\|x\\|. ``sample`` ``[R, K]``: some of the
+    ``mean_square``, ``mean_abs`` and ``largest`` ``[K]``: mean of x², mean and maximum of |x|. ``sample`` ``[R, K]``: some of the
     rows. ``hessian`` ``[K, K]``: Σ x xᵀ, where it was asked for.
     """
 
