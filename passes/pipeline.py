@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from .attention import rewrite
 from .calibrate import GPTQ, rounded
 from .convert import Conversion
 from .discover import attention_of, discover
-from .notices import GRAD, note_failure, some, warn_of_fallback, warn_of_grad, warn_of_nearest
+from .notices import GRAD, note_failure, some, warn_of_fallback, warn_of_grad, warn_of_nearest, warn_of_uncalibrated
 from .picture import picture
+from .records import each, kernel_name, packed_record, recording
 from .siblings import siblings
 from .walk import Weight
 
@@ -36,11 +37,7 @@ ATTENTION_GRAD = "attention in low precision has no backward; call under torch.n
 
 TABLE = "rows of an embedding are to change least themselves"
 
-UNSEEN = "the layer's inputs were not seen before it was packed"
-
 NOT_CALIBRATED = "no graph of the calibration had the layer"
-
-Done = Callable[[QuantizedTensor, int, float], None]
 
 
 class Compilation:
@@ -95,7 +92,7 @@ class Compilation:
             for sibling in siblings(self.owners, self.root, owned):
                 self._decide([sibling.rename(s) for s in loose], found)
         if self.options.calibration is not None:
-            found = {at: self._as_calibrated(c, self.options.calibration) for at, c in found.items()}
+            found = self._as_calibrated(found, self.options.calibration)
         if self.options.rounding == "gptq":
             warn_of_nearest([c.layer for c in found.values() if c.packed is None and not c.looked_up])
         if self.options.strict:
@@ -163,10 +160,10 @@ class Compilation:
             self.recorder.add(Record.of(decision, kernel))  # a conversion will replace it by what it measured
             if decision.scheme is None or parameter is None:
                 continue
-            done = _recording(self.recorder, decision, self.rounding)
+            done = recording(self.recorder, decision, self.rounding)
             if (earlier := found.get(id(parameter))) is not None:
                 looked_up = earlier.looked_up or not decision.site.is_linear
-                found[id(parameter)] = dataclasses.replace(earlier, done=_each(earlier.done, done), looked_up=looked_up)
+                found[id(parameter)] = dataclasses.replace(earlier, done=each(earlier.done, done), looked_up=looked_up)
             else:
                 found[id(parameter)] = Conversion(decision.site.name, slots, decision.scheme, decision.site.transposed,
                                                   self.options.weights == "keep", done,
@@ -193,7 +190,8 @@ class Compilation:
         """The conversions of this graph's weights, as GPTQ rounds them on the inputs of the call."""
         assert self.rounding is not None
         here = {name: found[id(v)] for name, v in self.values.items() if id(v) in found}
-        self.rounding |= {self.owners.name(self.values[name]) or "": f"rounded to nearest: {TABLE}" for name, c in here.items() if c.looked_up}
+        tables = [self.owners.name(self.values[name]) or "" for name, c in here.items() if c.looked_up]
+        self.rounding |= dict.fromkeys(tables, f"rounded to nearest: {TABLE}")
         weights = {name: Weight(self.owners.name(self.values[name]) or name, c.layer, c.scheme, c.transposed, self.values[name])
                    for name, c in here.items() if not c.looked_up}  # fmt: skip
         made: dict[int, Conversion] = {}
@@ -205,16 +203,22 @@ class Compilation:
                 made[id(parameter)] = dataclasses.replace(found[id(parameter)], packed=result)
         return made
 
-    def _as_calibrated(self, conversion: Conversion, calibration: Calibration) -> Conversion:
-        """``conversion`` with the planes that were found for its weight. Raises ``PolicyError`` where they are for another."""
+    def _as_calibrated(self, found: dict[int, Conversion], calibration: Calibration) -> dict[int, Conversion]:
+        """``found`` with the planes of the calibration. Raises ``PolicyError`` where they are for another weight."""
         assert self.rounding is not None
-        value = conversion.slots[0].get()
-        name = self.owners.name(value) if value is not None else None
-        if value is None or name is None or value.is_meta:
-            return conversion
-        entry = calibration.weights.get(name)
-        self.rounding[name] = entry.said if entry is not None else f"rounded to nearest: {NOT_CALIBRATED}"
-        return dataclasses.replace(conversion, packed=calibration.packed_for(name, value, conversion.transposed))
+        made, left = dict(found), []
+        for at, conversion in found.items():
+            value = conversion.slots[0].get()
+            name = self.owners.name(value) if value is not None else None
+            if value is None or name is None:
+                continue
+            if (entry := calibration.weights.get(name)) is None:
+                left.append(conversion.layer)
+            self.rounding[name] = entry.said if entry is not None else f"rounded to nearest: {NOT_CALIBRATED}"
+            if not value.is_meta:
+                made[at] = dataclasses.replace(conversion, packed=calibration.packed_for(name, value, conversion.transposed))
+        warn_of_uncalibrated(left)
+        return made
 
     def _restricted(self, site: Site) -> Site:
         """``site`` with the reason, if there is one, why its weight cannot be exchanged."""
@@ -265,41 +269,6 @@ class Compilation:
             return ()
         slot = slot_at(self.root, site.parameter)
         return tuple(self.owners.slots.get(id(slot.get()), ())) if slot is not None else ()
-
-
-def packed_record(decision: Decision, packed: QuantizedTensor, before: int, decibels: float | None) -> Record:
-    """The record of a weight that was packed: what runs, bytes ``before`` and after, SQNR in dB."""
-    return Record(decision, kernel_name(packed.scheme, packed.device), before, packed.packed_nbytes, decibels)
-
-
-def kernel_name(scheme: Scheme, device: torch.device) -> str:
-    """Which generated kernel serves ``scheme`` on ``device``."""
-    language = "triton" if device.type == "cuda" else "cpp"
-    return f"{language} {scheme.label}"
-
-
-def _recording(recorder: Recorder, decision: Decision, rounding: Mapping[str, str] | None) -> Done:
-    """Must not hold the compilation: it holds the float weights, which are to go one by one.
-
-    ``rounding`` tells, by parameter, what rounded it, or why it was rounded to nearest; None where all are.
-    """
-
-    def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
-        said = decision
-        if rounding is not None:
-            how = rounding.get(decision.site.parameter or "", f"rounded to nearest: {UNSEEN}")
-            said = dataclasses.replace(decision, rule=f"{decision.rule}; {how}")
-        recorder.add(packed_record(said, packed, before, decibels))
-
-    return done
-
-
-def _each(*listeners: Done) -> Done:
-    def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
-        for listener in listeners:
-            listener(packed, before, decibels)
-
-    return done
 
 
 def _device(values: Any) -> torch.device:

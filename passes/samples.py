@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from qcompile.calibration import NEAREST, Calibrated, Calibration
 from qcompile.dynamo_errors import as_themselves
@@ -72,10 +73,12 @@ def calibration(model: nn.Module, calls: Sequence[Call], options: Options, sessi
     """
     root, recorder = unwrapped(model), Recorder()
     backend = Recording(session, options, recorder)
-    values = [v for args, kwargs in calls for v in (*args, *kwargs.values())]
+    values = pytree.tree_leaves(list(calls))
     config: Any = torch._dynamo.config
     with as_themselves(), config.patch(UNLIMITED), torch.random.fork_rng(cuda_of([*root.parameters(), *values])):
-        with lanes(torch.compile(root, backend=backend), calls) as waiting:
+        # Not left to Dynamo, whose choice depends on what it has seen before, and the names of kept results on the graph.
+        dynamic = len({_shapes(call) for call in calls}) > 1
+        with untouched(root), lanes(torch.compile(root, backend=backend, dynamic=dynamic), calls) as waiting:
             _run(waiting, session)
     weights = {w.name: w for w in session.weights.values()}
     if not weights and not backend.tables:
@@ -116,6 +119,23 @@ def _run(waiting: Sequence[Lane], session: Session) -> None:
             lane.advance()
 
 
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Puts every buffer back as it was, which the calls may have written to or exchanged."""
+    held = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in held:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+            module._buffers[name] = buffer
+
+
+def _shapes(call: Call) -> tuple[Any, ...]:
+    return tuple(tuple(v.shape) for v in pytree.tree_leaves(call) if isinstance(v, torch.Tensor))
+
+
 def _entry(weight: Weight, outcome: Outcome | None) -> Calibrated:
     if outcome is None:
         return _left(weight, UNREACHED)
@@ -145,4 +165,4 @@ def _unseen(root: nn.Module, recorder: Recorder) -> tuple[str, ...]:
 def _nothing(recorder: Recorder) -> str:
     reasons = [f"{r.decision.site.name}: {r.decision.reason}" for r in recorder.plan if r.decision.reason is not None]
     found = "; ".join(reasons[:4]) or "no sample reached a weight"
-    return f"nothing to calibrate: the policy wants no weight of this model packed ({found}); give another policy or a float model"
+    return f"nothing to calibrate: the policy wants no weight of this model packed ({found}); give a float model, or other rules"

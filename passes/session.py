@@ -28,8 +28,8 @@ ROUNDED = "rounded.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """A packed ``weight``: its ``scheme``, the ``method`` and a ``note`` (the reason, of one rounded to nearest), and the relative
-    errors of the layer's outputs by rounding to ``nearest`` and as it is packed (``error``)."""
+    """A packed ``weight``: its ``scheme``, the ``method`` and a ``note`` (the reason, of one rounded to nearest), and the
+    relative errors of the layer's outputs by rounding to ``nearest`` and as it is packed (``error``)."""
 
     weight: Weight
     scheme: Scheme
@@ -119,7 +119,7 @@ class Session:
                 for layer, near, one in zip(layers, plain, found, strict=True)]  # fmt: skip
 
     def _error(self, layer: Layer, found: Found, seen: Seen) -> float:
-        made = found.decoded(*layer.matrix.shape, torch.float32)
+        made = found.decoded(layer.matrix.shape)
         return output_error(seen.sample, layer.matrix, made, found.scheme.activations, found.factors)
 
     def _packed(self, weights: Sequence[Weight], made: Sequence[tuple[Found, float, float]], parts: Any) -> list[Outcome]:

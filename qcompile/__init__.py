@@ -25,16 +25,17 @@ if TYPE_CHECKING:
     from .warm import warmup
 
 _HOMES = {
-    "calibrate": "api", "Calibration": "calibration", "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
+    "calibrate": "api", "Calibration": "calibration",
+    "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
     "compare": "comparison", "bisect": "bisection", "warmup": "warm",
     "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
     "load": "checkpoints.load", "save": "checkpoints.save", "QCompileConfig": "checkpoints.hf",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
-__all__ = ["ROW", "Calibration", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy", "QCompileConfig",
-           "QuantizedTensor", "Scheme", "bisect", "calibrate", "compare", "explain", "load", "quantize_", "register_format", "restore_",
-           "save", "symbols", "warmup"]  # fmt: skip
+__all__ = ["ROW", "Calibration", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy",
+           "QCompileConfig", "QuantizedTensor", "Scheme", "bisect", "calibrate", "compare", "explain", "load", "quantize_",
+           "register_format", "restore_", "save", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 

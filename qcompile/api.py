@@ -82,7 +82,7 @@ def calibrate(
     chosen, options = method_named(method), Options.parse({"policy": policy}, None)
     calls = [arguments(item) for item in data]
     if not calls:
-        raise CalibrationError("no data: calibrate needs at least one input; give a list of tensors, tuples or dicts of arguments")
+        raise CalibrationError("no data: calibrate needs at least one input; give a list of tensors, of tuples or of dicts")
     session = Session(chosen)
     with bar(session, sys.stderr.isatty() if progress is None else progress):
         return calibration(model, calls, options, session)

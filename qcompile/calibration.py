@@ -79,7 +79,7 @@ class Calibration:
     def check_names(self, names: Sequence[str]) -> None:
         """Raises :class:`PolicyError` for a model that has none of the calibrated parameters."""
         if self.weights and not set(self.weights) & set(names):
-            raise PolicyError(f"the calibration is of another model: it has {', '.join(list(self.weights)[:3])}, …, the model has "
+            raise PolicyError(f"the calibration is of another model: it has {', '.join(list(self.weights)[:3])}, …, this one has "
                               f"{', '.join(list(names)[:3])}, …; calibrate this model")  # fmt: skip
 
     def scheme_for(self, name: str | None, asked: Scheme) -> Scheme:
@@ -103,8 +103,8 @@ class Calibration:
             raise PolicyError(f"{entry.layer}: calibrated for a weight of shape {list(entry.shape)}, found {list(value.shape)}; "
                               "calibrate this model")  # fmt: skip
         if (found := digest(value)) != entry.digest:
-            raise PolicyError(f"{entry.layer}: calibrated for other weights (SHA-256 {entry.digest[:12]}…, this weight has "
-                              f"{found[:12]}…): the model was trained on, cast or loaded anew; calibrate it as it is now")  # fmt: skip
+            raise PolicyError(f"{entry.layer}: calibrated for other weights (SHA-256 {entry.digest[:12]}…, found {found[:12]}…): "
+                              "the model was trained on, cast or loaded anew; calibrate it as it is now")  # fmt: skip
         return Packed([p.to(value.device, copy=True) for p in entry.packed.planes], entry.packed.sqnr)
 
     def save(self, folder: str | Path) -> Path:
@@ -190,7 +190,7 @@ def _from_dict(name: str, data: Any, file: Any) -> Calibrated:
     asked, scheme, shape = scheme_of(data["asked"]), scheme_of(data["scheme"]), tuple(data["shape"])
     packed = None
     if data["sqnr_db"] is not None:
-        missing = [p for p in scheme.format.part_names if f"{name}.{p}" not in file.keys()]  # noqa: SIM118
+        missing = [p for p in scheme.format.part_names if f"{name}.{p}" not in file.keys()]
         if missing:
             raise MissingTensorError(f"{name}: {PLANES} has no plane {missing[0]!r}; save the calibration again")
         planes = [file.get_tensor(f"{name}.{p}") for p in scheme.format.part_names]

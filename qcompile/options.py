@@ -76,7 +76,7 @@ class Options:
         if self.rounding not in ("nearest", "gptq"):
             raise OptionError(f"option 'rounding' must be 'nearest' or 'gptq', found {self.rounding!r}")
         if self.rounding != "nearest" and self.calibration is not None:
-            raise OptionError(f"rounding={self.rounding!r} with a calibrated policy: its weights are rounded already; leave it out")
+            raise OptionError(f"rounding={self.rounding!r} with a calibration, whose weights are rounded already; leave it out")
         if self.fallback not in ("error", "float"):
             raise OptionError(f"option 'fallback' must be 'error' or 'float', found {self.fallback!r}")
         if self.kv_cache is not None:

@@ -86,7 +86,7 @@ def _awq_choice(layers: Sequence[Layer], seen: Seen) -> Choice:
 
 
 def _share_of_range(layer: Layer) -> torch.Tensor:
-    """Mean over rows of \|w\| over the largest of its group: float32 ``[K]``."""
+    """Mean over rows of |w| over the largest of its group: float32 ``[K]``."""
     n, k = layer.matrix.shape
     group = layer.scheme.format.period or k
     size = torch.nn.functional.pad(layer.matrix.abs().to(torch.float32), (0, -k % group)).view(n, -1, group)
@@ -127,7 +127,8 @@ def _best(layers: Sequence[Layer], seen: Seen, candidates: Iterator[Choice]) -> 
         total = 0.0
         for layer, y in zip(layers, wanted, strict=True):
             planes = _rounded(layer, choice.factors, seen)
-            given = decoded(scaled(layer.scheme.format), planes, *layer.matrix.shape, torch.float32)
+            n, k = layer.matrix.shape
+            given = decoded(scaled(layer.scheme.format), planes, n, k, torch.float32)
             x = as_multiplied(seen.sample * choice.factors, layer.scheme.activations)
             total += float((x @ (given / choice.factors).t() - y).square().sum() / y.square().sum().clamp_min(1e-30))
         return total

@@ -36,9 +36,10 @@ class Found:
         """Float32 ``[K]``: what inputs are multiplied by, of a scaled format."""
         return self.planes[-1] if self.scheme.format.scaled else None
 
-    def decoded(self, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-        """The ``[N, K]`` weight in ``dtype``."""
-        return decoded(self.scheme.format, self.planes, n, k, dtype)
+    def decoded(self, shape: Sequence[int]) -> torch.Tensor:
+        """The float32 weight of ``shape`` ``[N, K]``."""
+        n, k = shape
+        return decoded(self.scheme.format, self.planes, n, k, torch.float32)
 
 
 def decoded(spec: FormatSpec, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:

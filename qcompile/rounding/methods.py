@@ -17,8 +17,7 @@ NEAREST = "nearest"
 
 @dataclass(frozen=True)
 class Method:
-    """``why_not(scheme)``: why it cannot serve one, or None. ``pack(layers, seen)`` packs layers that take the same inputs, of
-    schemes that it serves."""
+    """``why_not(scheme)``: why it cannot serve one, or None. ``pack(layers, seen)`` packs layers that take the same inputs."""
 
     name: str
     with_hessian: bool

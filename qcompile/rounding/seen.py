@@ -21,8 +21,8 @@ SAMPLE_ROWS = 512
 class Seen:
     """The inputs x ``[rows, K]`` of layers that take the same ones, float32.
 
-    ``mean_square``, ``mean_abs`` and ``largest`` ``[K]``: mean of x², mean and maximum of |x|. ``sample`` ``[R, K]``: some of the
-    rows. ``hessian`` ``[K, K]``: Σ x xᵀ, where it was asked for.
+    ``mean_square``, ``mean_abs`` and ``largest`` ``[K]``: mean of x², mean and maximum of |x|. ``sample`` ``[R, K]``: some of
+    the rows. ``hessian`` ``[K, K]``: Σ x xᵀ, where it was asked for.
     """
 
     rows: int
@@ -54,8 +54,8 @@ class Seen:
                 largest = torch.maximum(largest, size.amax(0)) if len(size) else largest
                 if hessian is not None:
                     hessian.addmm_(wide.t(), wide)
-        means = (t.div(max(rows, 1)).to(torch.float32) for t in (square, absolute))
-        return Seen(rows, *means, largest.to(torch.float32), torch.cat(kept), hessian)
+        mean_square, mean_abs = (t.div(max(rows, 1)).to(torch.float32) for t in (square, absolute))
+        return Seen(rows, mean_square, mean_abs, largest.to(torch.float32), torch.cat(kept), hessian)
 
 
 def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:
