@@ -37,6 +37,10 @@ class Recording:
         self.session, self.options, self.recorder = session, options, recorder
         self.tables: dict[str, Weight] = {}
 
+    def forget(self) -> None:
+        """Lets go of all weights: Dynamo keeps the backend with the code that it compiled for it."""
+        self.session, self.tables = Session(self.session.method, keep=False), {}
+
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         compilation = Compilation(gm, example_inputs, self.options, self.recorder)
         for conversion in compilation.conversions():
@@ -80,11 +84,12 @@ def calibration(model: nn.Module, calls: Sequence[Call], options: Options, sessi
         dynamic = len({_shapes(call) for call in calls}) > 1
         with untouched(root), lanes(torch.compile(root, backend=backend, dynamic=dynamic), calls) as waiting:
             _run(waiting, session)
-    weights = {w.name: w for w in session.weights.values()}
-    if not weights and not backend.tables:
+    weights, tables = {w.name: w for w in session.weights.values()}, backend.tables
+    backend.forget()
+    if not weights and not tables:
         raise CalibrationError(_nothing(recorder))
     entries = {name: _entry(w, session.outcomes.get(name)) for name, w in weights.items()}
-    entries |= {name: _left(w, TABLE) for name, w in backend.tables.items() if name not in entries}
+    entries |= {name: _left(w, TABLE) for name, w in tables.items() if name not in entries}
     assert recorder.policy is not None
     return Calibration(recorder.policy, session.method.name, len(calls), entries, _unseen(root, recorder))
 

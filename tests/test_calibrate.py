@@ -1,15 +1,19 @@
 """Calibration on many samples: every method, what it leaves alone, what it keeps, what it says, and what it refuses."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -268,6 +272,52 @@ def test_what_a_method_does_not_serve_is_rounded_to_nearest_and_says_why(method:
     assert "rounded to nearest: " in str(qcompile.explain(Model(1), samples(1)[0], policy=calibrated))
 
 
+class Transposed(nn.Module):
+    """GPT-2's linear layer, whose weight is ``[K, N]``, a product with a parameter, and a layer of odd sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv = nn.Parameter(torch.randn(WIDTH, 100) / 8)
+        self.factor, self.odd = nn.Parameter(torch.randn(100, WIDTH) / 10), nn.Linear(WIDTH, 37)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.addmm(x.new_zeros(100), x.view(-1, WIDTH), self.conv).view(*x.shape[:-1], 100)
+        return self.odd(torch.tanh(y) @ self.factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_any_orientation_size_and_dtype(method: str, dtype: torch.dtype) -> None:
+    policy = "int8_dynamic" if method == "smoothquant" else "int3_g32"
+    model, data = Transposed().to(dtype), [x.to(dtype) for x in samples(4)]
+    calibrated = qcompile.calibrate(model, data, policy=policy, method=method)
+    assert set(calibrated.weights) == {"conv", "factor", "odd.weight"} and all(e.method == method for _, e in calibrated)
+    assert all(e.error <= 1.02 * e.nearest for _, e in calibrated)
+    packed, y = Transposed().to(dtype), model(data[0])
+    qcompile.quantize_(packed, data[0], policy=calibrated)
+    assert (packed(data[0]) - y).norm() < 0.35 * y.norm()
+
+
+def test_float_weights_are_let_go() -> None:
+    """Dynamo keeps what a calibration compiled; that must not keep the weights that were packed since."""
+    model = Model()
+    calibrated = qcompile.calibrate(model, samples(), policy="int4_g32")
+    floats = [weakref.ref(p) for p in model.parameters() if p.dim() == 2]
+    qcompile.quantize_(model, samples(1)[0], policy=calibrated)
+    gc.collect()
+    assert len(planes_of(model)) == 7 and all(ref() is None for ref in floats)
+
+
+def test_a_language_model_with_a_cache_on_texts_of_different_lengths() -> None:
+    model, _, _ = models.trained_decoder()
+    draw = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(0, 2048, (1, tokens), generator=draw)} for tokens in (48, 31, 64)]
+    calibrated = qcompile.calibrate(model, data, policy="int4", method="gptq")
+    assert len(calibrated) == 29 and not calibrated.unseen and {e.method for _, e in calibrated} == {"gptq"}
+    assert sum(e.error < e.nearest for _, e in calibrated) >= 28
+
+
 def test_a_tied_table_is_left_to_nearest() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -350,7 +400,7 @@ def test_bad_data_is_refused_with_the_sample_that_is_bad() -> None:
         qcompile.calibrate(model, good, policy="float")
     with pytest.raises(OptionError, match="method 'gptk' is no way to calibrate. Did you mean 'gptq'"):
         qcompile.calibrate(model, good, policy="int4_g32", method="gptk")
-    assert not [t for t in __import__("threading").enumerate() if "calibration" in t.name], "no thread is left behind"
+    assert not [t for t in threading.enumerate() if "calibration" in t.name], "no thread is left behind"
 
 
 def test_a_hessian_without_a_factor_is_damped_more_or_refused() -> None:
