@@ -299,6 +299,25 @@ def test_weights_of_any_orientation_size_and_dtype(method: str, dtype: torch.dty
     assert (packed(data[0]) - y).norm() < 0.35 * y.norm()
 
 
+def test_calls_run_under_the_callers_autocast() -> None:
+    dtypes: set[torch.dtype] = set()
+    seen_of = Seen.of
+
+    def looking(inputs: Any, layer: str, with_hessian: bool) -> Seen:
+        dtypes.update(x.dtype for _, x in inputs)
+        return seen_of(inputs, layer, with_hessian)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr("qcompile.passes.session.Seen.of", looking)
+        qcompile.calibrate(Stack(), samples(2), policy="int4_g32")
+    assert dtypes == {torch.float32, torch.bfloat16}, "the model's input, and what the first layer gives under autocast"
+
+
+class Stack(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+
+
 def test_float_weights_are_let_go() -> None:
     """Dynamo keeps what a calibration compiled; that must not keep the weights that were packed since."""
     model = Model()
