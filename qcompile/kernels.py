@@ -62,6 +62,15 @@ def source_of(scheme: Scheme, device_type: str) -> str:
     return source(scheme)
 
 
+def machine_code_of(scheme: Scheme, device_type: str) -> dict[str, str]:
+    """Assembly (PTX) of the kernels of ``scheme`` that this process has compiled for GPUs, by name and specialization."""
+    if device_type != "cuda":
+        return {}
+    from .codegen.triton import triton_kernels
+
+    return triton_kernels(replace(scheme, format=scheme.format.plain)).machine_code()
+
+
 class AttentionKernels(Protocol):
     """What a code generator gives for keys and values of two formats; planes as in :mod:`qcompile.kv_cache`."""
 

@@ -136,6 +136,21 @@ def test_in_a_browser(name: str, browser: Any, tmp_path: Path) -> None:
     assert faults == []
 
 
+def test_assembly_is_shown_below_its_source(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = {"dot for 90: 4 warps": ".version 8.7\n.target sm_90a", "gemv for 90: 2 warps": "x" * 3_000_000}
+    monkeypatch.setattr("qcompile.report.html.machine_code_of", lambda scheme, device: code)
+    report, _ = made("decoder")
+    page, faults = opened(browser, report.html(tmp_path / "report.html"))
+    page.click("#kernel-int4_g128 > summary")
+    boxes = page.locator("#kernel-int4_g128 .code")
+    assert boxes.count() == 2 and boxes.nth(0).locator("pre").count() == 0
+    boxes.nth(0).locator("summary").click()
+    assert ".target sm_90a" in boxes.nth(0).locator("pre").inner_text()
+    boxes.nth(1).locator("summary").click()
+    assert "3,000,000 bytes are left out" in boxes.nth(1).locator("pre").inner_text()
+    assert faults == [] and (tmp_path / "report.html").stat().st_size <= MEGABYTES * 10**6
+
+
 def test_tables_filters_and_plots(browser: Any, tmp_path: Path) -> None:
     report, comparison = made("decoder")
     page, faults = opened(browser, report.html(tmp_path / "report.html", comparison))

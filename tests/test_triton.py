@@ -2,7 +2,11 @@
 
 import collections
 import importlib.util
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +57,34 @@ def test_interpreted_kernels_match_the_reference(programs: dict[str, Report], ch
     assert done
     wrong = [r for r in done if not r["error"] <= r["limit"]]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+ASSEMBLY = """
+import json, torch
+from triton_compile import Compiled
+from qcompile.formats import Scheme, get
+kernels = Compiled(Scheme(get("int4_g128")), 90)
+before = kernels.machine_code()
+for rows, dtype in ((1, torch.float32), (16, torch.float16)):
+    kernels.run(rows, dtype, bias=False)
+print(json.dumps([before, kernels.machine_code()]))
+"""
+
+
+def test_what_was_compiled_can_be_read(tmp_path: Path) -> None:
+    """The assembly that reports show: of kernels that ran, with what they were specialized for."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "QCOMPILE_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", ASSEMBLY], cwd=Path(__file__).parent, env=env, check=True,
+                         capture_output=True, text=True)  # fmt: skip
+    before, code = json.loads(run.stdout)
+    assert before == {}
+    for kernel in ("gemv", "dot"):
+        (name,) = (name for name in code if name.startswith(kernel))
+        text = code[name]
+        assert "for 90: " in name and "warps, " in name and "BT=" in name
+        assert ".target sm_90" in text and f".entry {name.split()[0]}" in text and ".loc" not in text
+        assert ("wgmma" in text or "mma.sync" in text) == (kernel == "dot")
 
 
 def test_the_interpreter_saw_every_representative(programs: dict[str, Report]) -> None:

@@ -22,7 +22,7 @@ from .triton_decode import decode, rows
 from .triton_dot import dot, dot8
 from .triton_gemv import gemv, reduce
 from .triton_launch import Call, decode_weight, gather_rows
-from .triton_load import content_hash, interpreting, load
+from .triton_load import assembly, content_hash, interpreting, load
 from .triton_print import Printer
 from .triton_text import module
 
@@ -92,6 +92,13 @@ class TritonKernels:
     def kernel(self, name: str) -> Any:
         """The jitted function gemv, dot, dot8, quantize, decode, rows or reduce of this scheme."""
         return getattr(self.module, f"{name}_{self.tag}")
+
+    def machine_code(self) -> dict[str, str]:
+        """What this process has compiled of the kernels, by name and specialization: PTX, or AMD's assembly."""
+        loaded = vars(self).get("module")
+        functions = [f for f in vars(loaded).values() if hasattr(f, "device_caches")] if loaded is not None else []
+        made = [each for f in functions for caches in f.device_caches.values() for each in caches[0].values()]
+        return dict(code for each in made if (code := assembly(each)) is not None)
 
     def type(self, name: str) -> Any:
         """``tl.{name}``."""

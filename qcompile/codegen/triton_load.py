@@ -7,11 +7,13 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ..errors import KernelBuildError
 from ..store import the_store
@@ -75,6 +77,22 @@ def write(path: Path, source: str) -> None:
 def interpreting() -> bool:
     """Whether Triton runs kernels on the CPU in this process (``TRITON_INTERPRET``, read when Triton was imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+LINES = re.compile(r"^\s*\.(?:loc|file)\b[^\n]*\n|^\s*\.section\s+\.debug[\s\S]*", re.MULTILINE)
+"""What assembly says of source lines, up to the debugging sections at its end."""
+
+
+def assembly(compiled: Any) -> tuple[str, str] | None:
+    """(name with constants, warps and target, text without line numbers) of what Triton compiled; None if it has none."""
+    text = compiled.asm.get("ptx") or compiled.asm.get("amdgcn")
+    if text is None:
+        return None
+    names, constants = compiled.src.fn.arg_names, compiled.src.constants
+    shown = [f"{names[at]}={value}" for (at, *_), value in sorted(constants.items()) if isinstance(value, (bool, int))]
+    metadata = compiled.metadata
+    label = f"{metadata.name} for {metadata.target.arch}: {metadata.num_warps} warps, {', '.join(shown)}"
+    return label, LINES.sub("", text)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 
 from .. import __version__
 from ..formats import Scheme
-from ..kernels import source_of
+from ..kernels import machine_code_of, source_of
 from ..plan import Record
 from .blocks import Block, Laid, cut
 from .fold import bare, rows
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("cytoscape.min.js", "cytoscape-dagre.min.js", "chart.umd.min.js")
 SCRIPTS = ("graph.js", "page.js")
+CODE_BYTES = 2_500_000
+"""Assembly in one page."""
+
 CONTEXT = 4
 """Lines of the model's code shown before and after a node's."""
 
@@ -52,6 +55,7 @@ def data(report: Report, comparison: Comparison | None) -> dict[str, Any]:
     say = {key: (r.decision.scheme, r.kernel, bare(r.decision.reason or "")) for key, r in records.items()}
     graphs = [cut(picture, say) for picture in report.graphs]
     steps = [s for g in graphs for s in (*g.loose, *(step for b in _representatives(g).values() for step in b.steps))]
+    device = _device_type(records.values())
     schemes = {r.decision.scheme for r in records.values() if r.decision.scheme is not None}
     return {
         "versions": f"qcompile {__version__}, torch {torch.__version__}",
@@ -61,10 +65,23 @@ def data(report: Report, comparison: Comparison | None) -> dict[str, Any]:
         "sites": [_site(r) for r in report.plan],
         "graphs": [_graph(g) for g in graphs],
         "sources": {s.source: _lines(s.source) for s in steps if s.source},
-        "kernels": {s.label: source_of(s, _device_type(records.values())) for s in sorted(schemes, key=_label)},
+        "kernels": {s.label: source_of(s, device) for s in sorted(schemes, key=_label)},
+        "code": _code(sorted(schemes, key=_label), device),
         "comparison": comparison and comparison.as_dict(),
         "advice": str(comparison.suggestion) if comparison and comparison.suggestion else None,
     }
+
+
+def _code(schemes: list[Scheme], device: str) -> dict[str, dict[str, str]]:
+    """Assembly by scheme and kernel; where all of it would make the page too large, the last ones say where it lies."""
+    found: dict[str, dict[str, str]] = {}
+    room = CODE_BYTES
+    for scheme in schemes:
+        for name, text in machine_code_of(scheme, device).items():
+            room -= len(text)
+            left = f"{len(text):,} bytes are left out of this page; Triton keeps them in its cache folder (TRITON_CACHE_DIR)"
+            found.setdefault(scheme.label, {})[name] = text if room >= 0 else left
+    return found
 
 
 def _label(scheme: Scheme) -> str:

@@ -186,11 +186,17 @@
     };
     at("filter").oninput = filter;
     filter();
-    for (const [name, text] of Object.entries(data.kernels)) {
-      const box = make("details", undefined, at("kernels"));
-      box.id = "kernel-" + name;
+    const folded = (name, text, parent) => {
+      const box = make("details", undefined, parent);
       make("summary", name + ", " + size(text.length), box);
-      box.addEventListener("toggle", () => { if (box.open && !box.querySelector("pre")) make("pre", text, box); });
+      const body = make("div", undefined, box);
+      box.addEventListener("toggle", () => { if (box.open && !body.children.length) make("pre", text, body); });
+      return box;
+    };
+    for (const [name, text] of Object.entries(data.kernels)) {
+      const box = folded(name, text, at("kernels"));
+      box.id = "kernel-" + name;
+      for (const [kernel, code] of Object.entries(data.code[name] || {})) folded(kernel, code, box).className = "code";
     }
   }
 
