@@ -60,10 +60,9 @@ class Recording:
             walk = Walk(gm, nodes, self.session).stops(inputs)
             while True:
                 try:
-                    stop = next(walk)
+                    current().wait_at(next(walk))  # without a name, so that the inputs go as soon as the lane goes on
                 except StopIteration as end:
                     return end.value
-                current().wait_at(stop)
 
         return call
 
@@ -120,7 +119,9 @@ def _run(waiting: Sequence[Lane], session: Session) -> None:
         group = {w.name for w in first.weights}
         ready = [(lane, stop) for lane, stop in stopped if stop.weights[0].name in group]
         session.serve(first.weights, [(lane.number, stop) for lane, stop in ready])
-        for lane, _ in ready:
+        goes = [lane for lane, _ in ready]
+        del stopped, first, ready  # they hold the layer's inputs
+        for lane in goes:
             lane.advance()
 
 

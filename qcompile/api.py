@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -80,6 +80,8 @@ def calibrate(
     model raises on a sample has a note that says which.
     """
     chosen, options = method_named(method), Options.parse({"policy": policy}, None)
+    if isinstance(data, (Mapping, torch.Tensor)):
+        raise CalibrationError(f"data is one {type(data).__name__}; calibrate takes a list of inputs: write [data]")
     calls = [arguments(item) for item in data]
     if not calls:
         raise CalibrationError("no data: calibrate needs at least one input; give a list of tensors, of tuples or of dicts")

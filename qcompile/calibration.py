@@ -177,13 +177,10 @@ def _register(data: Any) -> None:
 
 def _to_dict(entry: Calibrated) -> dict[str, Any]:
     sqnr = None if entry.packed is None else repr(entry.packed.sqnr)
-    return {"layer": entry.layer, "asked": _scheme(entry.asked), "scheme": _scheme(entry.scheme), "transposed": entry.transposed,
-            "shape": list(entry.shape), "digest": entry.digest, "sqnr_db": sqnr, "method": entry.method, "note": entry.note,
+    asked, scheme = register_scheme(entry.asked), register_scheme(entry.scheme)
+    return {"layer": entry.layer, "asked": asked, "scheme": scheme, "transposed": entry.transposed, "shape": list(entry.shape),
+            "digest": entry.digest, "sqnr_db": sqnr, "method": entry.method, "note": entry.note,
             "nearest": entry.nearest, "error": entry.error}  # fmt: skip
-
-
-def _scheme(scheme: Scheme) -> str:
-    return register_scheme(scheme)
 
 
 def _from_dict(name: str, data: Any, file: Any) -> Calibrated:

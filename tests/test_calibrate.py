@@ -169,6 +169,21 @@ def test_layers_of_one_input_are_packed_together_and_see_earlier_errors() -> Non
     assert found is not None and all(map(torch.equal, by_hand, found.planes))
 
 
+def test_inputs_of_a_layer_are_let_go_before_the_next_layer() -> None:
+    last: list[weakref.ref[torch.Tensor]] = []
+    seen_of = Seen.of
+
+    def looking(inputs: Any, layer: str, with_hessian: bool) -> Seen:
+        assert all(ref() is None for ref in last), f"inputs of the layer before {layer} are alive"
+        last[:] = [weakref.ref(x) for _, x in inputs]
+        return seen_of(inputs, layer, with_hessian)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcompile.passes.session.Seen.of", looking)
+        qcompile.calibrate(Model(), samples(), policy="int4_g32")
+    assert len(last) == 6
+
+
 def test_one_sample_gives_what_the_backend_gives_by_itself() -> None:
     x = samples(1)[0]
     calibrated = qcompile.calibrate(Model(), [x], policy="int4_g32")
@@ -408,6 +423,9 @@ def test_bad_data_is_refused_with_the_sample_that_is_bad() -> None:
     good, model = samples(2), Model(1)
     with pytest.raises(CalibrationError, match="no data"):
         qcompile.calibrate(model, [], policy="int4_g32")
+    for one in (good[0], {"x": good[0]}):
+        with pytest.raises(CalibrationError, match=r"data is one (Tensor|dict).*write \[data\]"):
+            qcompile.calibrate(model, one, policy="int4_g32")
     with pytest.raises(TypeError, match="words") as raised:
         qcompile.calibrate(model, [good[0], {"words": good[1]}], policy="int4_g32")
     assert any("sample 1" in note and "words=float32[1, 47, 64]" in note for note in raised.value.__notes__)
