@@ -16,8 +16,11 @@ KNOWN = ("torch", "_operator", "operator", "math", "builtins")
 """Packages whose functions are told by their names and their version."""
 
 
-def fingerprint(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> str:
-    """SHA-256 over the graph's operations and the values of its inputs and constants.
+def fingerprint(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parameters: dict[int, list[Any]] | None = None
+) -> str:
+    """SHA-256 over the graph's operations and the values of its inputs and constants. ``parameters`` collects what was found
+    of parameters, by id, for graphs that share them.
 
     Raises :class:`~qcompile.errors.FingerprintError` for a graph that calls functions of others, whose code may change, or
     with inputs other than tensors and numbers.
@@ -27,8 +30,13 @@ def fingerprint(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> str:
             raise FingerprintError(f"{node.name} calls a module of its own, which has no fingerprint")
         if node.op == "call_function" and _package(node.target) not in KNOWN:
             raise FingerprintError(f"{node.name} calls {node.target}, whose code has no fingerprint")
+    parameters = {} if parameters is None else parameters
+    for value in example_inputs:
+        if isinstance(value, torch.nn.Parameter) and id(value) not in parameters:
+            parameters[id(value)] = _value(value)
+    inputs = [parameters.get(id(v)) or _value(v) for v in example_inputs]
     constants = {n.target: _value(_attribute(gm, n.target)) for n in gm.graph.find_nodes(op="get_attr")}
-    return key_of("graph", {"code": gm.code, "inputs": [_value(v) for v in example_inputs], "constants": constants})
+    return key_of("graph", {"code": gm.code, "inputs": inputs, "constants": constants})
 
 
 def _package(target: Any) -> str:

@@ -38,3 +38,10 @@ def warn_of_nearest(left: list[str]) -> None:
         warnings.warn(f"rounding='gptq': qcompile rounded {len(left)} weights to nearest ({left[0]}, …). qcompile.explain tells "
                       "why of each; layers that are compiled one by one are seen only if the whole model is compiled",
                       stacklevel=2)  # fmt: skip
+
+
+def warn_of_uncalibrated(left: list[str]) -> None:
+    """Layers that a calibration does not have must not look as if they were calibrated."""
+    if left:
+        warnings.warn(f"qcompile rounded {len(left)} weights to nearest that the calibration does not have ({some(left)}): no "
+                      "sample of its data reached them", stacklevel=2)  # fmt: skip

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from qcompile import target
+from qcompile.calibration import Calibration
 from qcompile.errors import KernelBuildError
 from qcompile.formats import Scheme, register_scheme
 from qcompile.kernels import attention_for, begin, for_key
@@ -23,18 +24,20 @@ from qcompile.report import Picture
 from qcompile.tensor import QuantizedTensor
 
 from .attention import rewrite
-from .calibrate import GPTQ, UNSEEN, Weight, rounded
+from .calibrate import GPTQ, rounded
 from .convert import Conversion
 from .discover import attention_of, discover
-from .notices import GRAD, note_failure, some, warn_of_fallback, warn_of_grad, warn_of_nearest
+from .notices import GRAD, note_failure, some, warn_of_fallback, warn_of_grad, warn_of_nearest, warn_of_uncalibrated
 from .picture import picture
+from .records import each, kernel_name, packed_record, recording
 from .siblings import siblings
+from .walk import Weight
 
 ATTENTION_GRAD = "attention in low precision has no backward; call under torch.no_grad()"
 
 TABLE = "rows of an embedding are to change least themselves"
 
-Done = Callable[[QuantizedTensor, int, float], None]
+NOT_CALIBRATED = "no graph of the calibration had the layer"
 
 
 class Compilation:
@@ -53,7 +56,8 @@ class Compilation:
         owners: Owners | None = None,
     ) -> None:
         self.gm, self.options = gm, options
-        self.rounding: dict[str, str] | None = {} if options.rounding == "gptq" else None
+        fitted = options.rounding == "gptq" or options.calibration is not None
+        self.rounding: dict[str, str] | None = {} if fitted else None
         self.owners = owners or Owners()
         self.look_at(example_inputs)
         self.root = self.owners.root(self.parameters[0]) if self.parameters else None
@@ -87,6 +91,8 @@ class Compilation:
             owned = [self.owners.slots[id(v)][0] for v in self.parameters]
             for sibling in siblings(self.owners, self.root, owned):
                 self._decide([sibling.rename(s) for s in loose], found)
+        if self.options.calibration is not None:
+            found = self._as_calibrated(found, self.options.calibration)
         if self.options.rounding == "gptq":
             warn_of_nearest([c.layer for c in found.values() if c.packed is None and not c.looked_up])
         if self.options.strict:
@@ -144,7 +150,7 @@ class Compilation:
     def _decide(self, sites: list[Site], found: dict[int, Conversion]) -> None:
         """Asks the policy about float ``sites``; adds to ``found``, by parameter, what it wants packed."""
         names = [name for name, _ in self.root.named_modules()] if self.root is not None else ()
-        for decision in map(self._unless_failed, self.options.policy.decide(sites, self.target, names)):
+        for decision in map(self._refined, self.options.policy.decide(sites, self.target, names)):
             slots = self._slots(decision.site)
             parameter = slots[0].get() if slots else None
             if isinstance(parameter, QuantizedTensor):
@@ -154,18 +160,22 @@ class Compilation:
             self.recorder.add(Record.of(decision, kernel))  # a conversion will replace it by what it measured
             if decision.scheme is None or parameter is None:
                 continue
-            done = _recording(self.recorder, decision, self.rounding)
+            done = recording(self.recorder, decision, self.rounding)
             if (earlier := found.get(id(parameter))) is not None:
                 looked_up = earlier.looked_up or not decision.site.is_linear
-                found[id(parameter)] = dataclasses.replace(earlier, done=_each(earlier.done, done), looked_up=looked_up)
+                found[id(parameter)] = dataclasses.replace(earlier, done=each(earlier.done, done), looked_up=looked_up)
             else:
                 found[id(parameter)] = Conversion(decision.site.name, slots, decision.scheme, decision.site.transposed,
                                                   self.options.weights == "keep", done,
                                                   looked_up=not decision.site.is_linear,
                                                   failed=self._failed(decision.site))  # fmt: skip
 
-    def _unless_failed(self, decision: Decision) -> Decision:
-        """``decision``, or the reason of a failure that left its site in floating point before."""
+    def _refined(self, decision: Decision) -> Decision:
+        """``decision`` with the scheme that a calibration packs it in, or with the reason of a failure that left its site in
+        floating point before."""
+        if self.options.calibration is not None and decision.scheme is not None and decision.site.parameter is not None:
+            scheme = self.options.calibration.scheme_for(decision.site.parameter, decision.scheme)
+            decision = dataclasses.replace(decision, scheme=scheme)
         keys = (decision.site.parameter, decision.scheme and decision.scheme.key)
         reason = next((self.recorder.failures[k] for k in keys if k in self.recorder.failures), None)
         return decision if reason is None else dataclasses.replace(decision, scheme=None, reason=reason)
@@ -180,14 +190,34 @@ class Compilation:
         """The conversions of this graph's weights, as GPTQ rounds them on the inputs of the call."""
         assert self.rounding is not None
         here = {name: found[id(v)] for name, v in self.values.items() if id(v) in found}
-        self.rounding |= {self.owners.name(self.values[name]) or "": TABLE for name, c in here.items() if c.looked_up}
-        weights = {name: Weight(c.layer, c.scheme.format, c.transposed) for name, c in here.items() if not c.looked_up}
+        tables = [self.owners.name(self.values[name]) or "" for name, c in here.items() if c.looked_up]
+        self.rounding |= dict.fromkeys(tables, f"rounded to nearest: {TABLE}")
+        weights = {name: Weight(self.owners.name(self.values[name]) or name, c.layer, c.scheme, c.transposed, self.values[name])
+                   for name, c in here.items() if not c.looked_up}  # fmt: skip
         made: dict[int, Conversion] = {}
         for name, result in rounded(self.gm, self.example_inputs, weights).items():
             parameter = self.values[name]
-            self.rounding[self.owners.name(parameter) or ""] = result if isinstance(result, str) else GPTQ
+            said = f"rounded to nearest: {result}" if isinstance(result, str) else GPTQ
+            self.rounding[self.owners.name(parameter) or ""] = said
             if not isinstance(result, str):
                 made[id(parameter)] = dataclasses.replace(found[id(parameter)], packed=result)
+        return made
+
+    def _as_calibrated(self, found: dict[int, Conversion], calibration: Calibration) -> dict[int, Conversion]:
+        """``found`` with the planes of the calibration. Raises ``PolicyError`` where they are for another weight."""
+        assert self.rounding is not None
+        made, left = dict(found), []
+        for at, conversion in found.items():
+            value = conversion.slots[0].get()
+            name = self.owners.name(value) if value is not None else None
+            if value is None or name is None:
+                continue
+            if (entry := calibration.weights.get(name)) is None:
+                left.append(conversion.layer)
+            self.rounding[name] = entry.said if entry is not None else f"rounded to nearest: {NOT_CALIBRATED}"
+            if not value.is_meta:
+                made[at] = dataclasses.replace(conversion, packed=calibration.packed_for(name, value, conversion.transposed))
+        warn_of_uncalibrated(left)
         return made
 
     def _restricted(self, site: Site) -> Site:
@@ -226,6 +256,8 @@ class Compilation:
         rule on a role is refused once this graph holds every matrix of the model."""
         if self.root is None:
             return
+        if self.options.calibration is not None:
+            self.options.calibration.check_names([name for name, _ in self.root.named_parameters()])
         here = {id(v) for v in self.parameters}
         whole = all(id(p) in here for p in self.root.parameters() if p.dim() >= 2)
         sites = [*self.sites, *self.recorder.sites()]
@@ -237,42 +269,6 @@ class Compilation:
             return ()
         slot = slot_at(self.root, site.parameter)
         return tuple(self.owners.slots.get(id(slot.get()), ())) if slot is not None else ()
-
-
-def packed_record(decision: Decision, packed: QuantizedTensor, before: int, decibels: float | None) -> Record:
-    """The record of a weight that was packed: what runs, bytes ``before`` and after, SQNR in dB."""
-    return Record(decision, kernel_name(packed.scheme, packed.device), before, packed.packed_nbytes, decibels)
-
-
-def kernel_name(scheme: Scheme, device: torch.device) -> str:
-    """Which generated kernel serves ``scheme`` on ``device``."""
-    language = "triton" if device.type == "cuda" else "cpp"
-    return f"{language} {scheme.label}"
-
-
-def _recording(recorder: Recorder, decision: Decision, rounding: Mapping[str, str] | None) -> Done:
-    """Must not hold the compilation: it holds the float weights, which are to go one by one.
-
-    ``rounding`` tells, by parameter, what a calibration rounded it by, or why it did not; None without calibration.
-    """
-
-    def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
-        said = decision
-        if rounding is not None:
-            how = rounding.get(decision.site.parameter or "", UNSEEN)
-            note = GPTQ if how == GPTQ else f"rounded to nearest: {how}"
-            said = dataclasses.replace(decision, rule=f"{decision.rule}; {note}")
-        recorder.add(packed_record(said, packed, before, decibels))
-
-    return done
-
-
-def _each(*listeners: Done) -> Done:
-    def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
-        for listener in listeners:
-            listener(packed, before, decibels)
-
-    return done
 
 
 def _device(values: Any) -> torch.device:

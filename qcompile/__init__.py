@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import explain, quantize_
+    from .api import calibrate, explain, quantize_
     from .bisection import bisect
+    from .calibration import Calibration
     from .checkpoints.hf import QCompileConfig
     from .checkpoints.load import load
     from .checkpoints.save import save
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .warm import warmup
 
 _HOMES = {
+    "calibrate": "api", "Calibration": "calibration",
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
     "compare": "comparison", "bisect": "bisection", "warmup": "warm",
     "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
@@ -31,9 +33,9 @@ _HOMES = {
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
-__all__ = ["ROW", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy", "QCompileConfig",
-           "QuantizedTensor", "Scheme", "bisect", "compare", "explain", "load", "quantize_", "register_format", "restore_",
-           "save", "symbols", "warmup"]  # fmt: skip
+__all__ = ["ROW", "Calibration", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy",
+           "QCompileConfig", "QuantizedTensor", "Scheme", "bisect", "calibrate", "compare", "explain", "load", "quantize_",
+           "register_format", "restore_", "save", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from .calibration import Calibration
+from .comparison import arguments
+from .errors import CalibrationError
 from .options import Options
 from .owners import Owners, unwrapped
+from .passes.samples import bar, calibration
+from .passes.session import Session
 from .passes.trace_ahead import Look
 from .plan import Decision, Record, Site
 from .recorder import Recorder, recorder_of
 from .report import Report
+from .rounding.methods import method_named
 from .tensor import QuantizedTensor
 from .timing import times
 from .tracing import call_through
@@ -53,6 +61,33 @@ def quantize_(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -
         for conversion in look.conversions:
             conversion.run()
         return Report(recorder.plan.merge(_unseen(model, recorder)), tuple(recorder.graphs))
+
+
+def calibrate(
+    model: nn.Module, data: Iterable[Any], *, policy: Any = None, method: str = "gptq", progress: bool | None = None
+) -> Calibration:
+    """Packs the weights that ``policy`` means so that layers' outputs change least on ``data``, and leaves ``model`` as it is.
+
+    ``data``: inputs as those to come, a tensor, a tuple of arguments or a dict of them each, of any lengths: a few thousand
+    to a hundred thousand tokens, with little padding. All samples go through the model together, layer by layer, each layer
+    seeing what the packed ones before it compute. ``method``: "gptq" (Frantar et al. 2023), "awq" (Lin et al. 2024),
+    "awq+gptq", "smoothquant" (Xiao et al. 2023) or "imatrix" (scales weighted by mean squares, as llama.cpp's). A layer whose
+    format the method does not serve is rounded to nearest, and the table says why. Each finished layer is kept in the cache,
+    so a run that was killed goes on where it was. ``progress``: a bar on stderr (None: on terminals).
+
+    Raises :class:`~qcompile.errors.CalibrationError` without data or without a weight to pack, ``OptionError`` for an unknown
+    method, ``PolicyError`` for a bad policy, ``WeightError``, naming layer and sample, for NaN and infinite values. What the
+    model raises on a sample has a note that says which.
+    """
+    chosen, options = method_named(method), Options.parse({"policy": policy}, None)
+    if isinstance(data, (Mapping, torch.Tensor)):
+        raise CalibrationError(f"data is one {type(data).__name__}; calibrate takes a list of inputs: write [data]")
+    calls = [arguments(item) for item in data]
+    if not calls:
+        raise CalibrationError("no data: calibrate needs at least one input; give a list of tensors, of tuples or of dicts")
+    session = Session(chosen)
+    with bar(session, sys.stderr.isatty() if progress is None else progress):
+        return calibration(model, calls, options, session)
 
 
 def _root(model: nn.Module) -> nn.Module:

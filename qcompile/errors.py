@@ -47,6 +47,10 @@ class CompareError(QCompileError, ValueError):
     """Two models, or two configurations of one, cannot be compared as they were given."""
 
 
+class CalibrationError(QCompileError, ValueError):
+    """A model cannot be calibrated on the data given: there is none, or nothing of the model is to be packed."""
+
+
 class KernelBuildError(QCompileError, RuntimeError):
     """A generated kernel did not compile; the message holds the command, the source file and the compiler's words."""
 

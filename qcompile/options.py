@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .calibration import Calibration
 from .errors import OptionError, nearest
 from .kv_cache import formats_of
 from .policy import Policy
@@ -17,6 +18,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 class Options:
     """policy
         What to quantize and how; see :meth:`qcompile.policy.Policy.parse`. None: fp8 where the device computes it, else int8.
+        A :class:`~qcompile.calibration.Calibration`: its policy, and the weights as it found them.
     strict
         Raise ``StrictError`` when a site that the policy meant cannot be quantized.
     weights
@@ -45,19 +47,24 @@ class Options:
     kv_cache: Any = None
     mode: str = "default"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = field(default=None, init=False)
+    """That given as ``policy``."""
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> Options:
         """Raises :class:`OptionError` for an unknown or ill-typed setting, ``PolicyError`` for a bad policy."""
         given = dict(options or {})
-        known = set(cls.__dataclass_fields__)
+        known = {name for name, f in cls.__dataclass_fields__.items() if f.init}
         for name in given:
             if name not in known:
                 raise OptionError(f"unknown option {name!r} of backend 'qcompile'. {nearest(name, known)} "
                                   "Inductor's own settings go under options={'inductor': {…}}")  # fmt: skip
         if mode is not None:
             given["mode"] = mode
-        made = cls(**{**given, "policy": Policy.parse(given.get("policy"))})
+        policy = given.get("policy")
+        found = policy if isinstance(policy, Calibration) else None
+        made = cls(**{**given, "policy": Policy.parse(policy if found is None else found.policy)})
+        object.__setattr__(made, "calibration", found)
         made._check()
         return made
 
@@ -68,6 +75,8 @@ class Options:
             raise OptionError(f"option 'weights' must be 'free' or 'keep', found {self.weights!r}")
         if self.rounding not in ("nearest", "gptq"):
             raise OptionError(f"option 'rounding' must be 'nearest' or 'gptq', found {self.rounding!r}")
+        if self.rounding != "nearest" and self.calibration is not None:
+            raise OptionError(f"rounding={self.rounding!r} with a calibration, whose weights are rounded already; leave it out")
         if self.fallback not in ("error", "float"):
             raise OptionError(f"option 'fallback' must be 'error' or 'float', found {self.fallback!r}")
         if self.kv_cache is not None:

@@ -89,7 +89,7 @@ def _parts(weight: torch.Tensor, spec: FormatSpec, transposed: bool, rounding: A
     if rounding is None:
         raise FingerprintError(f"format {spec.name}: what the weight was rounded by has no fingerprint")
     return {
-        "code": code_version("qcompile.formats", "qcompile.calibrate"),
+        "code": code_version("qcompile.formats", "qcompile.rounding"),
         "torch": torch.__version__,
         "device": weight.device.type,
         "format": f"{spec.name}@{spec.fingerprint}",

@@ -12,7 +12,6 @@ from torch import nn
 
 import qcompile
 from qcompile import formats
-from qcompile.calibrate import gptq
 from qcompile.errors import FormatError, OptionError, WeightError
 from qcompile.formats import FormatSpec, Plane, reference, search, symbols
 from qcompile.formats.codes import nearest_code
@@ -20,6 +19,7 @@ from qcompile.options import Options
 from qcompile.passes.convert import Conversion
 from qcompile.passes.pipeline import Compilation
 from qcompile.recorder import recorder_of
+from qcompile.rounding import gptq
 from qcompile.tensor import QuantizedTensor
 
 SPECS = list(formats.REGISTRY.values())

@@ -68,6 +68,11 @@ def fit(
     return Fit({name: e for name, e in entries.items() if name in planes}, scale, offset)
 
 
+def has_search(spec: FormatSpec) -> bool:
+    """Whether other scales than those of the range are tried, so that an importance changes the result."""
+    return spec.quantizer is None and bool(_shares(spec))
+
+
 def _shares(spec: FormatSpec) -> tuple[float, ...]:
     """Shares of a group's range that are tried."""
     if spec.shrinks is not None:

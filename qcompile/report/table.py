@@ -150,7 +150,7 @@ class Report:
 def made_here() -> str:
     """What this process has made so far, and what it found in the cache, for all models together."""
     done = (("quantized", "weights", "packed"), ("generated", "sources", "source"), ("compiled", "libraries", "library"),
-            ("calibrated", "graphs", "calibration"), ("tuned", "tiles", "tile"))  # fmt: skip
+            ("calibrated", "groups of layers", "calibration"), ("tuned", "tiles", "tile"))  # fmt: skip
     what = ", ".join(f"{verb} {COUNTS[verb]} {things} ({COUNTS[f'{kind} read']} read)" for verb, things, kind in done)
     return f"  this process {what}; cache: {the_store().root}"
 

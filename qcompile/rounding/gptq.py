@@ -21,7 +21,10 @@ from ..formats.search import fit
 from ..formats.storage import Entries
 
 DAMPING = 0.01
-"""Share of the mean diagonal of H that is added to it (the paper's value)."""
+"""Share of the mean diagonal of H that is added to it (the paper's value) …"""
+
+STRONGEST = 10.0
+"""… ten times as much where H has no Cholesky factor with it, up to this."""
 
 BLOCK = 128
 """Columns worked on before the rest of the matrix is brought up to date."""
@@ -51,35 +54,51 @@ class Curvature:
     """What the inputs of a layer say about its weights: made once, used for every weight that takes these inputs.
 
     ``order`` int64 ``[cols]``: columns in the order of rounding. ``upper`` float32 ``[cols, cols]``: upper Cholesky factor
-    of the inverse of the damped H in that order. ``importance`` float32 ``[cols]``: the damped diagonal of H.
+    of the inverse of the damped H in that order. ``importance`` float32 ``[cols]``: the damped diagonal of H. ``damping``:
+    the share of the mean diagonal that it took.
     """
 
     order: torch.Tensor
     upper: torch.Tensor
     importance: torch.Tensor
+    damping: float = DAMPING
 
     @staticmethod
     def of(hessian: torch.Tensor, cols: int, layer: str = "weight") -> Curvature:
         """From H ``[K, K]``, the sum of x xᵀ over inputs, padded to ``cols`` columns.
 
         Inputs that were always zero get the mean diagonal, so that their weights are rounded to nearest. Raises
-        :class:`~qcompile.errors.WeightError` when H has NaN or infinite values.
+        :class:`~qcompile.errors.WeightError` when H has NaN or infinite values, or no Cholesky factor under any damping.
         """
         if not torch.isfinite(hessian).all():
             raise WeightError(f"{layer}: the inputs seen at calibration have NaN or infinite values; call the compiled model "
                               "first with finite inputs, or compile with rounding='nearest'")  # fmt: skip
-        full = torch.zeros(cols, cols, dtype=torch.float64, device=hessian.device)
-        full[: len(hessian), : len(hessian)] = hessian
-        diagonal = full.diagonal()
-        mean = diagonal[: len(hessian)].mean().clamp_min(1e-12)
-        unseen = diagonal <= 0
-        diagonal.add_(DAMPING * mean)
-        diagonal[unseen] = mean
-        importance = diagonal.to(torch.float32)
-        importance[len(hessian) :] = 0.0
-        order = importance.argsort(descending=True, stable=True)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(full[order[:, None], order]))
-        return Curvature(order, torch.linalg.cholesky(inverse, upper=True).to(torch.float32), importance)
+        damping = DAMPING
+        while damping <= STRONGEST:
+            if (made := _damped(hessian, cols, damping)) is not None:
+                return made
+            damping *= 10
+        raise WeightError(f"{layer}: H = XᵀX has no Cholesky factor even with {STRONGEST:g} times its mean diagonal added, so it "
+                          "is no sum of squares; give the layer other samples, method='awq', or rounding='nearest'")  # fmt: skip
+
+
+def _damped(hessian: torch.Tensor, cols: int, damping: float) -> Curvature | None:
+    """That of H + ``damping`` · its mean diagonal; None where it has no Cholesky factor."""
+    full = torch.zeros(cols, cols, dtype=torch.float64, device=hessian.device)
+    full[: len(hessian), : len(hessian)] = hessian
+    diagonal = full.diagonal()
+    mean = diagonal[: len(hessian)].mean().clamp_min(1e-12)
+    unseen = diagonal <= 0
+    diagonal.add_(damping * mean)
+    diagonal[unseen] = mean
+    importance = diagonal.to(torch.float32)
+    importance[len(hessian) :] = 0.0
+    order = importance.argsort(descending=True, stable=True)
+    lower, failed = torch.linalg.cholesky_ex(full[order[:, None], order])
+    if failed:
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if failed else Curvature(order, upper.to(torch.float32), importance, damping)
 
 
 def quantize(

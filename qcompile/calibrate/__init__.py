@@ -1,1 +1,0 @@
-"""Choosing codes and scales with the help of activations."""

@@ -1,0 +1,1 @@
+"""Choosing codes, scales and factors with the help of activations."""
