@@ -47,6 +47,10 @@ class CompareError(QCompileError, ValueError):
     """Two models, or two configurations of one, cannot be compared as they were given."""
 
 
+class BudgetError(QCompileError, ValueError):
+    """A budget of :func:`qcompile.search` cannot be read, or no choice of formats fits it."""
+
+
 class KernelBuildError(QCompileError, RuntimeError):
     """A generated kernel did not compile; the message holds the command, the source file and the compiler's words."""
 

@@ -26,9 +26,10 @@ LAYERS = [
     {"options", "recorder", "trail"},
     {"repro"},
     {"comparison"},
-    {"suggestion"},
+    {"suggestion", "divergence"},
+    {"evaluation"},
     {"passes", "checkpoints"},
-    {"api", "warm", "cli_cache", "cli", "cli_debug", "bisection"},
+    {"allocation", "api", "warm", "cli_cache", "cli", "cli_debug", "bisection"},
     {"backend"},
 ]
 """From the ground up: a module imports from its own layer or below."""
