@@ -12,7 +12,8 @@ from rich.table import Table
 from .machine import RESULTS, save
 from .plots import draw
 
-QUESTIONS = ("linear", "formats", "attention", "model", "source", "kernels", "overhead", "startup", "memory", "accuracy", "load")
+QUESTIONS = ("linear", "formats", "attention", "model", "source", "kernels", "overhead", "startup", "memory", "accuracy",
+             "search", "load")  # fmt: skip
 
 app = typer.Typer(add_completion=False)
 

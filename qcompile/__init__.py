@@ -34,8 +34,8 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = ["ROW", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy", "QCompileConfig",
-           "QuantizedTensor", "Scheme", "bisect", "compare", "evaluate", "explain", "load", "quantize_", "register_format", "restore_",
-           "save", "search", "symbols", "warmup"]  # fmt: skip
+           "QuantizedTensor", "Scheme", "bisect", "compare", "evaluate", "explain", "load", "quantize_", "register_format",
+           "restore_", "save", "search", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 

@@ -76,8 +76,8 @@ def sums(ours: torch.Tensor, reference: Output, what: str) -> Sums:
     """
     theirs = reference.values
     if ours.shape != theirs.shape:
-        raise CompareError(f"{what}: an output of shape {list(ours.shape)}, the float model's is {list(theirs.shape)}; compare models "
-                           "of one architecture, on inputs that both take whole")  # fmt: skip
+        raise CompareError(f"{what}: an output of shape {list(ours.shape)}, the float model's is {list(theirs.shape)}; compare "
+                           "models of one architecture, on inputs that both take whole")  # fmt: skip
     check_finite(ours, what)
     made = Sums()
     for y, y0 in _chunks(ours, theirs, reference.keep):
@@ -95,8 +95,8 @@ def check_finite(values: torch.Tensor, what: str) -> None:
     """Raises :class:`CompareError` that counts the NaN and infinite entries."""
     wrong = int((~values.isfinite()).sum())
     if wrong:
-        raise CompareError(f"{what}: {wrong:,} of {values.numel():,} output values are NaN or infinite; qcompile.bisect finds the first "
-                           "node where a policy makes them")  # fmt: skip
+        raise CompareError(f"{what}: {wrong:,} of {values.numel():,} output values are NaN or infinite; qcompile.bisect finds "
+                           "the first node where a policy makes them")  # fmt: skip
 
 
 def check_evaluates(model: nn.Module, what: str) -> None:
@@ -104,8 +104,8 @@ def check_evaluates(model: nn.Module, what: str) -> None:
     for name, module in model.named_modules():
         random = isinstance(module, _DropoutNd) and module.p > 0
         if module.training and (random or isinstance(module, _BatchNorm)):
-            raise CompareError(f"{what} is in training mode: {name or 'it'} ({type(module).__name__}) gives another output at each call; "
-                               "call .eval() first")  # fmt: skip
+            raise CompareError(f"{what} is in training mode: {name or 'it'} ({type(module).__name__}) gives another output "
+                               "at each call; call .eval() first")  # fmt: skip
 
 
 def _chunks(

@@ -27,7 +27,7 @@ CAUSAL = 1e-3
 
 @dataclass(frozen=True)
 class SiteNoise:
-    """One packed weight: its ``layer``, its scheme's label, stored bytes, and 10·log₁₀(‖w‖² / ‖w − ŵ‖²) in dB (None: not known)."""
+    """One packed weight: its ``layer``, its scheme's label, stored bytes, and 10·log₁₀(‖w‖² / ‖w − ŵ‖²) in dB (None: unknown)."""
 
     layer: str
     scheme: str
@@ -40,10 +40,10 @@ class Evaluation:
     """A quantized model beside its float reference, over the same data.
 
     ``perplexity``, ``reference_perplexity``: exp of the mean −log p(next token) in nats; None for a model that does not predict
-    tokens, and ``no_perplexity`` says why. ``divergence``: mean KL(reference‖quantized) in nats a position, and ``agreement``: the
-    part of positions with the same likeliest class; None where the output is no logits. ``relative_error``: ‖y − y₀‖ / ‖y₀‖ of the
-    output. ``positions`` that the means are over, ``tokens`` that were predicted. ``nbytes``, ``reference_nbytes``: of all
-    parameters. ``sites``: every packed weight.
+    tokens, and ``no_perplexity`` says why. ``divergence``: mean KL(reference‖quantized) in nats a position, and ``agreement``:
+    the part of positions with the same likeliest class; None where the output is no logits. ``relative_error``: ‖y − y₀‖ / ‖y₀‖
+    of the output. ``positions`` that the means are over, ``tokens`` that were predicted. ``nbytes``, ``reference_nbytes``: of all
+    parameters (0: the quantized model is no module). ``sites``: every packed weight.
     """
 
     perplexity: float | None
@@ -105,8 +105,8 @@ def evaluate(reference: nn.Module, quantized: Callable[..., Any], data: Iterable
             if reason is None:
                 text.add(expected, ours.values, labels)
         if not total.positions:
-            raise CompareError("no data: evaluate needs at least one input with a position that is not masked; give a list of tensors, "
-                               "tuples or dicts of arguments")  # fmt: skip
+            raise CompareError("no data: evaluate needs at least one input with a position that is not masked; give a list of "
+                               "tensors, tuples or dicts of arguments")  # fmt: skip
         if reason is None and not text.tokens:
             reason = "no item has a token after another"
         known = text.tokens and reason is None
@@ -130,7 +130,7 @@ class _Text:
     def add(self, expected: Output, ours: torch.Tensor, labels: torch.Tensor | None) -> None:
         assert expected.ids is not None
         if labels is not None and labels.shape != expected.ids.shape:
-            raise CompareError(f"labels of shape {list(labels.shape)} for tokens of shape {list(expected.ids.shape)}; give one for each")
+            raise CompareError(f"labels of shape {list(labels.shape)}, tokens of shape {list(expected.ids.shape)}; one for each")
         wanted = (expected.ids if labels is None else labels)[..., 1:].long()
         counts = wanted != IGNORED
         if expected.keep is not None:
@@ -177,7 +177,7 @@ def parameter_bytes(model: nn.Module | None) -> int:
 
 
 def noise(reference: nn.Module, model: nn.Module | None) -> tuple[SiteNoise, ...]:
-    """The packed weights of ``model``: SQNR as recorded when they were packed, else against the reference's weight of that name."""
+    """The packed weights of ``model``: SQNR as recorded when they were packed, else to the reference's weight of that name."""
     if model is None:
         return ()
     records = recorder_of(Owners().path(model)[0]).plan

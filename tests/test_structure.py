@@ -29,7 +29,7 @@ LAYERS = [
     {"suggestion", "divergence"},
     {"evaluation"},
     {"passes", "checkpoints"},
-    {"allocation", "api", "warm", "cli_cache", "cli", "cli_debug", "bisection"},
+    {"allocation", "lm_eval", "api", "warm", "cli_cache", "cli", "cli_debug", "bisection"},
     {"backend"},
 ]
 """From the ground up: a module imports from its own layer or below."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .result import Choice, Point, Search
 from .policy_search import search
+from .result import Choice, Point, Search
 
 __all__ = ["Choice", "Point", "Search", "search"]

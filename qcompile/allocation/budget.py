@@ -42,8 +42,8 @@ class Budget:
             return Budget(BYTES, Fraction(value))
         match = _WORDS.fullmatch(value) if isinstance(value, str) else None
         if match is None or match[2] not in _UNITS or not Fraction(match[1]):
-            raise BudgetError(f"budget {value!r} ({type(value).__name__}): expected a positive whole number of bytes, or a text such as "
-                              f"'2.1 GB', '4.25 bits' or '1.2 ms'; units are {', '.join(_UNITS)}")  # fmt: skip
+            raise BudgetError(f"budget {value!r} ({type(value).__name__}): expected a positive whole number of bytes, or a text "
+                              f"such as '2.1 GB', '4.25 bits' or '1.2 ms'; units are {', '.join(_UNITS)}")  # fmt: skip
         unit, factor = _UNITS[match[2]]
         return Budget(unit, Fraction(match[1]) * factor)
 

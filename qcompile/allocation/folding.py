@@ -26,8 +26,8 @@ def policy_of(chosen: Chosen, name: str) -> Policy:
     rules = folded if _holds(folded, chosen) else _exact(chosen)
     wrong = _wrong(rules, chosen)
     if wrong:
-        raise PolicyError(f"no rules tell {', '.join(map(repr, wrong[:4]))} apart from other layers by name; rename the modules, or write "
-                          "the policy by hand from the choices")  # fmt: skip
+        raise PolicyError(f"no rules tell {', '.join(map(repr, wrong[:4]))} apart from other layers by name; rename the modules, "
+                          "or write the policy by hand from the choices")  # fmt: skip
     return Policy(name, rules, explicit=True)
 
 

@@ -27,11 +27,12 @@ def smallest(costs: Sequence[Sequence[int]]) -> int:
 
 
 def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], limit: int) -> Solution | None:
-    """min Σ_i losses[i][c_i] subject to Σ_i costs[i][c_i] ≤ ``limit``, over one candidate c_i of each group i; None where no choice fits.
+    """min Σ_i losses[i][c_i] subject to Σ_i costs[i][c_i] ≤ ``limit``, over one candidate c_i of each group i; None where no
+    choice fits.
 
     As a mixed-integer program, x_ic ∈ {0, 1}, Σ_c x_ic = 1, solved by branch and bound (HiGHS through
-    :func:`scipy.optimize.milp`). The solver computes in floating point: sums are recomputed in whole numbers, and a solution above
-    the limit, by the solver's tolerance, is solved again under a limit lower by as much.
+    :func:`scipy.optimize.milp`). The solver computes in floating point: sums are recomputed in whole numbers, and a solution
+    that is above the limit by the solver's tolerance is solved again under a limit lower by as much.
     """
     if smallest(costs) > limit:
         return None
@@ -75,8 +76,8 @@ def _milp(
                  constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((extra / scale)[None], -np.inf, room / scale)],
                  options={"mip_rel_gap": GAP, "time_limit": PATIENCE})  # fmt: skip
     if found.x is None:
-        raise RuntimeError(f"scipy.optimize.milp found nothing within {PATIENCE:.0f} s for {len(kept)} layers of {len(items)} candidates: "
-                           f"{found.message}")  # fmt: skip
+        raise RuntimeError(f"scipy.optimize.milp found nothing within {PATIENCE:.0f} s for {len(kept)} layers and {len(items)} "
+                           f"candidates: {found.message}")  # fmt: skip
     picks: list[int] = []
     for group in range(len(kept)):
         own = [(x, i) for x, (g, i) in zip(found.x, items, strict=True) if g == group]

@@ -21,7 +21,8 @@ def draw(search: Search, path: Path) -> Path:
     shown = [p for p in search.front if p.predicted > 0]
     axes.plot([p.bits for p in shown], [p.predicted for p in shown], marker=".", label="best choice of formats, predicted")
     uniform = [(label, p) for label, p in search.table.uniform().items() if p.predicted > 0]
-    axes.plot([p.bits for _, p in uniform], [p.predicted for _, p in uniform], "o", color="tab:gray", label="one format, predicted")
+    dots = [p.bits for _, p in uniform], [p.predicted for _, p in uniform]
+    axes.plot(*dots, "o", color="tab:gray", label="one format, predicted")
     for label, point in uniform:
         axes.annotate(label, (point.bits, point.predicted), xytext=(5, 4), textcoords="offset points", fontsize=7)
     bits = search.point.bits

@@ -33,10 +33,11 @@ def search(
     ``formats``: names, Schemes or FormatSpecs, and "float" if layers may stay as they are; None: a ladder from 2.5 bits to float.
     ``data``: inputs as for :func:`qcompile.compare`, a few thousand tokens like those to come; labels are not needed.
 
-    For layer i and candidate c the loss d_ic is measured on ``data`` with this weight packed, run in its own kernel, and all else
-    float: mean KL(float‖packed) a position where the output is logits, else ‖y − y₀‖²/‖y₀‖². The choice minimizes Σ_i d_ic exactly
-    (multiple-choice knapsack, by mixed-integer programming). Small perturbations add up to second order; how well they did is
-    ``measured`` against ``point.predicted``, unless ``measure_total`` is false. A tied weight is one layer; q, k and v may differ.
+    For layer i and candidate c the loss d_ic is measured on ``data`` with this weight packed, run in its own kernel, and all
+    else float: mean KL(float‖packed) a position where the output is logits, else ‖y − y₀‖² / ‖y₀‖². The choice minimizes Σ_i d_ic
+    exactly (multiple-choice knapsack, by mixed-integer programming). Losses of small, independent changes add up; how well these
+    did is ``measured`` against ``point.predicted``, unless ``measure_total`` is false. A tied weight is one layer; q, k and v may
+    differ.
 
     Costs layers × candidates calls of the model per item, and holds the float outputs and one packed candidate at a time; the
     total holds the chosen weights. Every loss is kept in the cache as it comes, so a search that was stopped goes on, and another

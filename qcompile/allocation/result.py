@@ -29,10 +29,11 @@ class Choice:
 class Search:
     """The choice of formats with the least sum of losses within a ``budget``.
 
-    ``choices``: every layer, in the model's order; ``policy``: the same as rules, to compile with; ``point``: its cost, bytes of all
-    parameters, bits per weight of these layers, and the predicted loss, which is the sum of losses that were measured one layer at
-    a time. ``measured``: the loss of all choices together (None: not measured). ``gap``: how far the sum can be above the optimum,
-    relatively; 0 where the solver proved it. ``front``: the best for a ladder of budgets. ``table``: all that was measured.
+    ``choices``: every layer, in the model's order; ``policy``: the same as rules, to compile with; ``point``: its cost, bytes of
+    all parameters, bits per weight of these layers, and the predicted loss, which is the sum of losses that were measured one
+    layer at a time. ``measured``: the loss of all choices together (None: not measured). ``gap``: how far the sum can be above
+    the optimum, relatively; 0 where the solver proved it. ``front``: the best for a ladder of budgets. ``table``: all that was
+    measured.
     """
 
     budget: Budget
@@ -77,7 +78,9 @@ class Search:
             "policy": self.policy.as_dict(),
             "front": [asdict(p) for p in self.front],
             "uniform": {label: asdict(p) for label, p in self.table.uniform().items()},
-            "sensitivities": {layer.site.name: {c.label: {"nbytes": c.nbytes, "loss": c.loss} for c in row} for layer, row in rows},
+            "sensitivities": {
+                layer.site.name: {c.label: {"nbytes": c.nbytes, "loss": c.loss} for c in row} for layer, row in rows
+            },
         }
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""What each format costs at each layer: the loss when this one weight is packed and everything else is float, kept as it comes."""
+"""What each format costs at each layer: the loss when this one weight is packed and everything else is float."""
 
 from __future__ import annotations
 

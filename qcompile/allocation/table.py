@@ -57,11 +57,11 @@ class Table:
         return sum(layer.weights for layer in self.layers)
 
     def costs(self, unit: str) -> list[list[int]]:
-        """Of every candidate: bytes, or picoseconds. Raises :class:`~qcompile.errors.BudgetError` where no times were taken."""
+        """Bytes of every candidate, or picoseconds. Raises :class:`~qcompile.errors.BudgetError` where no times were taken."""
         if unit != SECONDS:
             return [[c.nbytes for c in row] for row in self.candidates]
         if any(c.seconds is None for row in self.candidates for c in row):
-            raise BudgetError("a budget of seconds, but this search took no times; search again with that budget (losses are kept)")
+            raise BudgetError("a budget of seconds, but this search took no times; search again with it: losses are kept")
         return [[round((c.seconds or 0.0) * TICKS) for c in row] for row in self.candidates]
 
     def best(self, budget: Budget) -> Solution:

@@ -35,8 +35,8 @@ def summary(search: Search) -> list[str]:
     """The choice in two sentences."""
     point = search.point
     gap = f", at most {search.gap:.1e} above the optimum" if search.gap > 1e-8 else ""
-    lines = [f"budget {search.budget}: {point.bits:.4f} bits per weight of {len(search.choices)} layers, {point.nbytes:,} bytes of all "
-             f"parameters{gap}",
+    lines = [f"budget {search.budget}: {point.bits:.4f} bits per weight of {len(search.choices)} layers, {point.nbytes:,} bytes "
+             f"of all parameters{gap}",
              f"{search.measure}: {point.predicted:.3e} predicted, the sum of the layers' own"]  # fmt: skip
     if search.measured is not None:
         lines[1] += f"; {search.measured:.3e} measured with all of them packed"

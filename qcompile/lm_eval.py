@@ -1,0 +1,67 @@
+"""lm-evaluation-harness over packed models: ``python -m qcompile.lm_eval run --model qcompile --model_args pretrained=…,policy=int4``.
+
+Importing this module registers the model ``qcompile`` with lm_eval, which must be installed (``pip install lm_eval``). The command is
+lm_eval's own, which knows the model then; ``qcompile.lm_eval.QCompileLM`` is what ``lm_eval.simple_evaluate(model=…)`` takes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .api import quantize_
+from .errors import PolicyError
+from .policy import Policy
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise ImportError(f"qcompile.lm_eval needs lm-evaluation-harness: pip install lm_eval ({error})") from error
+
+
+@register_model("qcompile")
+class QCompileLM(HFLM):
+    """A Hugging Face model whose weights are packed under ``policy``, then compiled with backend "qcompile", dynamic shapes.
+
+    ``pretrained`` and everything else as for :class:`lm_eval.models.huggingface.HFLM`. ``policy``: as
+    :meth:`qcompile.Policy.parse`; a text that ends in ``.json`` names a file of :meth:`qcompile.Policy.to_json` or of
+    :meth:`qcompile.allocation.Search.save`. ``compiled=False``: packed and run eagerly.
+    Raises :class:`~qcompile.errors.PolicyError` where the policy packs nothing and is not "float".
+    """
+
+    def __init__(self, pretrained: Any, policy: Any = None, compiled: bool = True, **kwargs: Any) -> None:
+        super().__init__(pretrained, **kwargs)
+        wanted = policy_from(policy)
+        model = self._model
+        model.config.use_cache = False  # scores need no cache, and generation asks for one itself
+        with torch.no_grad():
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+            self.report = quantize_(model, ids, policy=wanted)
+        if not self.report.plan.totals().quantized and any(rule.scheme is not None for rule in wanted.rules):
+            raise PolicyError(f"policy {wanted.name!r} packs no layer of {type(model).__name__}, so float scores would be taken for "
+                              f"quantized ones:\n{self.report.summary()}")  # fmt: skip
+        if compiled:
+            model.compile(backend="qcompile", options={"policy": wanted}, dynamic=True)
+
+
+def policy_from(value: Any) -> Policy:
+    """A policy as users write it, or from the JSON file that a text ending in ``.json`` names.
+
+    Raises :class:`~qcompile.errors.PolicyError`, and ``FileNotFoundError`` for a file that is not there.
+    """
+    if not (isinstance(value, str) and value.endswith(".json")):
+        return Policy.parse(value)
+    content = json.loads(Path(value).read_text(encoding="utf-8"))
+    if isinstance(content, dict) and "choices" in content:
+        content = content["policy"]
+    return Policy.from_json(json.dumps(content))
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
