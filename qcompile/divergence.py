@@ -63,9 +63,9 @@ def output_of(result: Any, item: Arguments) -> Output:
     values = named if isinstance(named, torch.Tensor) else main_tensor(result)
     ids = next((t for t in _tensors(item) if not t.is_floating_point() and t.shape == values.shape[:-1]), None)
     mask = item[1].get("attention_mask")
-    fits = isinstance(mask, torch.Tensor) and mask.shape == values.shape[:-1]
+    keep = mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == values.shape[:-1] else None
     classes = values.dim() >= 2 and values.shape[-1] > 1 and (values is named or ids is not None)
-    return Output(values, classes, mask.bool() if fits else None, ids)
+    return Output(values, classes, keep, ids)
 
 
 def sums(ours: torch.Tensor, reference: Output, what: str) -> Sums:

@@ -1,7 +1,8 @@
-"""lm-evaluation-harness over packed models: ``python -m qcompile.lm_eval run --model qcompile --model_args pretrained=…,policy=int4``.
+"""lm-evaluation-harness over packed models.
 
-Importing this module registers the model ``qcompile`` with lm_eval, which must be installed (``pip install lm_eval``). The command is
-lm_eval's own, which knows the model then; ``qcompile.lm_eval.QCompileLM`` is what ``lm_eval.simple_evaluate(model=…)`` takes.
+``python -m qcompile.lm_eval run --model qcompile --model_args pretrained=…,policy=int4 --tasks …`` is lm_eval's own command, which
+then knows the model ``qcompile``: importing this module registers it. lm_eval must be installed (``pip install lm_eval``);
+:class:`QCompileLM` is what its ``simple_evaluate(model=…)`` takes.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class QCompileLM(HFLM):
             ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
             self.report = quantize_(model, ids, policy=wanted)
         if not self.report.plan.totals().quantized and any(rule.scheme is not None for rule in wanted.rules):
-            raise PolicyError(f"policy {wanted.name!r} packs no layer of {type(model).__name__}, so float scores would be taken for "
-                              f"quantized ones:\n{self.report.summary()}")  # fmt: skip
+            raise PolicyError(f"policy {wanted.name!r} packs no layer of {type(model).__name__}, so float scores would be taken "
+                              f"for quantized ones:\n{self.report.summary()}")  # fmt: skip
         if compiled:
             model.compile(backend="qcompile", options={"policy": wanted}, dynamic=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .policy_search import search
-from .result import Choice, Point, Search
+from .result import Choice, Search
+from .table import Point
 
 __all__ = ["Choice", "Point", "Search", "search"]

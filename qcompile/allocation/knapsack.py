@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 GAP = 1e-9
 """Relative distance to the bound at which a solution counts as the optimum."""
+FINE = 1e6
+"""What both sums are scaled to, because HiGHS has absolute tolerances of 1e-6."""
 PATIENCE = 60.0
 """Seconds after which the best solution so far is taken, with the gap that is left."""
 
@@ -58,8 +60,7 @@ def _undominated(costs: Sequence[int], losses: Sequence[float]) -> list[int]:
 def _milp(
     costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], kept: Sequence[Sequence[int]], limit: int
 ) -> tuple[list[int], float]:
-    """The candidates chosen and the relative gap. Costs count from the smallest choice, and both sums are scaled, because HiGHS
-    has absolute tolerances of 1e-6."""
+    """The candidates chosen and the relative gap. Costs count from the smallest choice."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -71,9 +72,9 @@ def _milp(
     fits = extra <= room
     worst = sum(max(losses[g][i] for i in indices) for g, indices in enumerate(kept))
     one_each = csr_array((np.ones(len(items)), ([g for g, _ in items], range(len(items)))), (len(kept), len(items)))
-    scale = max(room, 1)
-    found = milp(loss * (1e6 / worst if worst else 1.0), integrality=np.ones(len(items)), bounds=Bounds(0, fits.astype(float)),
-                 constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((extra / scale)[None], -np.inf, room / scale)],
+    unit = max(room, 1) / FINE
+    found = milp(loss * (FINE / worst if worst else 1.0), integrality=np.ones(len(items)), bounds=Bounds(0, fits.astype(float)),
+                 constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((extra / unit)[None], -np.inf, room / unit)],
                  options={"mip_rel_gap": GAP, "time_limit": PATIENCE})  # fmt: skip
     if found.x is None:
         raise RuntimeError(f"scipy.optimize.milp found nothing within {PATIENCE:.0f} s for {len(kept)} layers and {len(items)} "

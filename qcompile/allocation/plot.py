@@ -31,6 +31,7 @@ def draw(search: Search, path: Path) -> Path:
     if search.measured:
         axes.plot([bits], [search.measured], "x", markersize=9, color="tab:red", label="the same, measured")
     axes.set(yscale="log", xlabel="bits per weight, scales included", ylabel=search.measure)
-    axes.grid(alpha=0.3), axes.legend()
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, dpi=110)
     return path

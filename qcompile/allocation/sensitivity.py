@@ -20,7 +20,8 @@ from ..divergence import Sums, check_finite, output_of, sums
 from ..errors import CompareError, FingerprintError
 from ..formats import Scheme
 from ..packing import digest
-from ..store import code_version, the_store
+from ..store import code_version, count, the_store
+from ..store.counters import MADE
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +59,15 @@ class Sensitivity(Runs):
         """The loss of ``layer`` alone in ``scheme``: from the store, or by ``make`` and then kept there."""
         if self._parts is None:
             return make()
-        with the_store().making("sensitivity", self._parts | {"layer": layer, "scheme": scheme.key}) as slot:
-            if slot.found is not None:
-                return float(json.loads((slot.found / LOSS).read_text()))
-            loss = make()
-            slot.put(lambda folder: Path(folder, LOSS).write_text(json.dumps(loss)))
-            return loss
+        parts = self._parts | {"layer": layer, "scheme": scheme.key}
+        found = the_store().find("sensitivity", parts)
+        if found is not None:
+            count("sensitivity read")
+            return float(json.loads((found / LOSS).read_text()))
+        loss = make()  # under no lock: measuring twice is better than a process that waits for minutes
+        count(MADE["sensitivity"])
+        the_store().keep("sensitivity", parts, lambda folder: Path(folder, LOSS).write_text(json.dumps(loss)))
+        return loss
 
     def _fingerprint(self) -> dict[str, Any] | None:
         """Everything that decides a loss but layer and scheme; None where it cannot be told, which is said once."""
