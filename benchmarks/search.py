@@ -17,10 +17,10 @@ import training
 import qcompile
 from qcompile.evaluation import parameter_bytes
 
-SEEN, UNSEEN, BATCH = 16, 64, 8
+SEEN, UNSEEN, BATCH = 8, 64, 8
 """Windows of 256 tokens that are searched on, and others that perplexity is over."""
 INTEGERS = ("int2_g64", "int3_g64", "int4_g128", "int4_g64", "int5_g64", "int6_g64", "int8", "float")
-PRESETS: dict[str, Any] = {"int4_g128, all layers": {"*": "int4_g128"}, "mixed": "mixed", "int4": "int4", "Q4_K_M": "Q4_K_M"}
+PRESETS: dict[str, Any] = {"int4_g128, all layers": {"*": "int4_g128"}, "mixed": "mixed", "int4": "int4"}
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """lm-evaluation-harness over packed models.
 
-``python -m qcompile.lm_eval run --model qcompile --model_args pretrained=…,policy=int4 --tasks …`` is lm_eval's own command, which
-then knows the model ``qcompile``: importing this module registers it. lm_eval must be installed (``pip install lm_eval``);
+``python -m qcompile.lm_eval run --model qcompile --model_args pretrained=…,policy=int4 --tasks …`` is lm_eval's own command,
+which then knows the model ``qcompile``: importing this module registers it. lm_eval must be installed (``pip install lm_eval``);
 :class:`QCompileLM` is what its ``simple_evaluate(model=…)`` takes.
 """
 

@@ -74,7 +74,7 @@ class Sensitivity(Runs):
         leaves, structure = pytree.tree_flatten(self.data)
         try:
             return {
-                "code": code_version("qcompile.formats", "qcompile.codegen", "qcompile.allocation"),
+                "code": code_version("qcompile.formats", "qcompile.codegen"),
                 "loss": hashlib.sha256(inspect.getsource(divergence).encode()).hexdigest(),
                 "torch": torch.__version__,
                 "model": f"{type(self.reference).__module__}.{type(self.reference).__qualname__}",
