@@ -21,6 +21,7 @@ from .graph import Step
 from .table import cells
 
 if TYPE_CHECKING:
+    from ..allocation import Search
     from ..comparison import Comparison
     from .table import Report
 
@@ -30,7 +31,7 @@ CONTEXT = 4
 """Lines of the model's code shown before and after a node's."""
 
 
-def page(report: Report, comparison: Comparison | None) -> str:
+def page(report: Report, comparison: Comparison | None, search: Search | None = None) -> str:
     """The whole HTML text."""
     folder = resources.files(__package__)
     template = (folder / "page" / "page.html").read_text(encoding="utf-8")
@@ -38,7 +39,7 @@ def page(report: Report, comparison: Comparison | None) -> str:
     scripts += [(folder / "page" / name).read_text(encoding="utf-8") for name in SCRIPTS]
     parts = {
         "{{style}}": (folder / "page" / "page.css").read_text(encoding="utf-8"),
-        "{{data}}": json.dumps(data(report, comparison), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        "{{data}}": json.dumps(data(report, comparison, search), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         "{{scripts}}": "\n".join(f"<script>{text}</script>" for text in scripts),
     }
     for mark, text in parts.items():
@@ -46,7 +47,7 @@ def page(report: Report, comparison: Comparison | None) -> str:
     return template
 
 
-def data(report: Report, comparison: Comparison | None) -> dict[str, Any]:
+def data(report: Report, comparison: Comparison | None, search: Search | None = None) -> dict[str, Any]:
     """What the page shows, as JSON types."""
     records = {r.decision.site.key: r for r in report.plan}
     say = {key: (r.decision.scheme, r.kernel, bare(r.decision.reason or "")) for key, r in records.items()}
@@ -64,7 +65,17 @@ def data(report: Report, comparison: Comparison | None) -> dict[str, Any]:
         "kernels": {s.label: source_of(s, _device_type(records.values())) for s in sorted(schemes, key=_label)},
         "comparison": comparison and comparison.as_dict(),
         "advice": str(comparison.suggestion) if comparison and comparison.suggestion else None,
+        "search": search and _search(search),
     }
+
+
+def _search(search: Search) -> dict[str, Any]:
+    """A search without all that was measured of every candidate."""
+    from .search_table import summary
+
+    content = search.as_dict()
+    shown = {name: content[name] for name in ("measure", "chosen", "choices", "front", "uniform")}
+    return shown | {"budget": str(search.budget), "summary": summary(search)}
 
 
 def _label(scheme: Scheme) -> str:
