@@ -7,15 +7,13 @@ which then knows the model ``qcompile``: importing this module registers it. lm_
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .api import quantize_
 from .errors import PolicyError
-from .policy import Policy
+from .policy_file import policy_from
 
 try:
     from lm_eval.api.registry import register_model
@@ -28,9 +26,8 @@ except ImportError as error:
 class QCompileLM(HFLM):
     """A Hugging Face model whose weights are packed under ``policy``, then compiled with backend "qcompile", dynamic shapes.
 
-    ``pretrained`` and everything else as for :class:`lm_eval.models.huggingface.HFLM`. ``policy``: as
-    :meth:`qcompile.Policy.parse`; a text that ends in ``.json`` names a file of :meth:`qcompile.Policy.to_json` or of
-    :meth:`qcompile.allocation.Search.save`. ``compiled=False``: packed and run eagerly.
+    ``pretrained`` and everything else as for :class:`lm_eval.models.huggingface.HFLM`; ``policy`` as for
+    :func:`~qcompile.policy_file.policy_from`. ``compiled=False``: packed and run eagerly.
     Raises :class:`~qcompile.errors.PolicyError` where the policy packs nothing and is not "float".
     """
 
@@ -47,19 +44,6 @@ class QCompileLM(HFLM):
                               f"for quantized ones:\n{self.report.summary()}")  # fmt: skip
         if compiled:
             model.compile(backend="qcompile", options={"policy": wanted}, dynamic=True)
-
-
-def policy_from(value: Any) -> Policy:
-    """A policy as users write it, or from the JSON file that a text ending in ``.json`` names.
-
-    Raises :class:`~qcompile.errors.PolicyError`, and ``FileNotFoundError`` for a file that is not there.
-    """
-    if not (isinstance(value, str) and value.endswith(".json")):
-        return Policy.parse(value)
-    content = json.loads(Path(value).read_text(encoding="utf-8"))
-    if isinstance(content, dict) and "choices" in content:
-        content = content["policy"]
-    return Policy.from_json(json.dumps(content))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from models import trained_decoder
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
 
 import qcompile
 from qcompile.allocation import policy_search, sensitivity
@@ -23,6 +24,7 @@ from qcompile.allocation.budget import BITS, BYTES, SECONDS, Budget
 from qcompile.allocation.candidates import Layer, schemes_of
 from qcompile.allocation.folding import policy_of
 from qcompile.allocation.knapsack import smallest, solve
+from qcompile.cli import app
 from qcompile.errors import BudgetError, CompareError, PolicyError, UnknownFormatError
 from qcompile.evaluation import parameter_bytes
 from qcompile.formats import Scheme, get
@@ -309,3 +311,37 @@ def test_the_default_ladder_leaves_out_what_a_better_format_stores_in_no_more_by
 
     assert labels(4096) == ["int2_g64", "Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "int6_g64", "Q6_K", "int8", "float"]
     assert "int3_g64" in labels(64) and "int5_g64" in labels(64)  # K-quants pad short rows
+
+
+SCRIPT = """
+import torch
+def made():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8)).eval()
+    return model, [torch.randn(16, 64, generator=torch.Generator().manual_seed(1))]
+def empty():
+    return made()[0], []
+"""
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    script = tmp_path / "net.py"
+    script.write_text(SCRIPT)
+
+    def call(*arguments: object, code: int = 0) -> str:
+        done = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "200"})
+        assert done.exit_code == code, done.output
+        return done.output
+
+    options = ["--format", "int4_g64", "--format", "int8"]
+    text = call("search", f"{script}:made", "--budget", "5 bits", *options, "--save", tmp_path / "found.json")
+    assert "budget 5 bits per weight" in text and "int4_g64" in text
+    content = json.loads((tmp_path / "found.json").read_text())
+    evaluated = json.loads(call("evaluate", f"{script}:made", "--policy", tmp_path / "found.json", "--json"))
+    assert evaluated["relative_error"] ** 2 == pytest.approx(content["chosen"]["measured"], rel=1e-3)
+    assert "no perplexity" in call("evaluate", f"{script}:made", "--policy", "int4_g64")
+    assert "BudgetError: budget 1 bits" in call("search", f"{script}:made", "--budget", "1 bits", *options, code=1)
+    assert "CompareError" in call("evaluate", f"{script}:empty", code=1)
+    (tmp_path / "broken.json").write_text("{")
+    for name in ("broken.json", "missing.json"):
+        assert f"{name}: no policy can be read" in call("evaluate", f"{script}:made", "--policy", tmp_path / name, code=1)
