@@ -13,7 +13,9 @@ import torch
 
 from .api import quantize_
 from .errors import PolicyError
+from .policy import Policy
 from .policy_file import policy_from
+from .tensor import QuantizedTensor
 
 try:
     from lm_eval.api.registry import register_model
@@ -39,7 +41,9 @@ class QCompileLM(HFLM):
         with torch.no_grad():
             ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
             self.report = quantize_(model, ids, policy=wanted)
-        if not self.report.plan.totals().quantized and any(rule.scheme is not None for rule in wanted.rules):
+        packs = any(isinstance(p, QuantizedTensor) for p in model.parameters())
+        packs = packs or (compiled and self.report.plan.totals().quantized > 0)  # attention, when it is compiled
+        if not packs and wanted != Policy.parse("float"):
             raise PolicyError(f"policy {wanted.name!r} packs no layer of {type(model).__name__}, so float scores would be taken "
                               f"for quantized ones:\n{self.report.summary()}")  # fmt: skip
         if compiled:
