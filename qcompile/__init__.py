@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .allocation import search
     from .api import calibrate, explain, quantize_
     from .bisection import bisect
     from .calibration import Calibration
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .checkpoints.load import load
     from .checkpoints.save import save
     from .comparison import compare
+    from .evaluation import evaluate
     from .formats import ROW, Codebook, FormatSpec, Plane, Scheme, register_format, symbols
     from .kv_cache import KVCache, PagedKVCache
     from .passes.convert import restore_
@@ -27,15 +29,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "calibrate": "api", "Calibration": "calibration",
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
-    "compare": "comparison", "bisect": "bisection", "warmup": "warm",
+    "compare": "comparison", "evaluate": "evaluation", "search": "allocation", "bisect": "bisection", "warmup": "warm",
     "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
     "load": "checkpoints.load", "save": "checkpoints.save", "QCompileConfig": "checkpoints.hf",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
 __all__ = ["ROW", "Calibration", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy",
-           "QCompileConfig", "QuantizedTensor", "Scheme", "bisect", "calibrate", "compare", "explain", "load", "quantize_",
-           "register_format", "restore_", "save", "symbols", "warmup"]  # fmt: skip
+           "QCompileConfig", "QuantizedTensor", "Scheme", "bisect", "calibrate", "compare", "evaluate", "explain", "load",
+           "quantize_", "register_format", "restore_", "save", "search", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_debug
+from . import __version__, cli_debug, cli_search
 from .cli_cache import app as cache
 from .errors import QCompileError
 from .formats import REGISTRY, FormatSpec, Plane, activations_of
@@ -18,6 +18,7 @@ from .formats import REGISTRY, FormatSpec, Plane, activations_of
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A quantizing backend for torch.compile.")
 app.add_typer(cache, name="cache")
 cli_debug.register(app)
+cli_search.register(app)
 
 
 @app.command()

@@ -131,4 +131,6 @@ def describe(entry: Entry) -> str:
     if entry.kind == "tile":
         tile = parts["variant"]["tile"]
         return f"{parts['scheme'].partition('@')[0]} spills on sm_{parts['arch']}: {tile['rows']} rows, {tile['tiles']} tiles"
+    if entry.kind == "sensitivity":
+        return f"loss by {parts['layer']} as {parts['scheme'].partition('@')[0]}"
     return f"GPTQ of {len(parts['formats'])} weights"

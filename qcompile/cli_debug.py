@@ -28,7 +28,7 @@ def bisect(
     """Finds the first node at which two policies part. Exits with 1 if there is one."""
     from .bisection import bisect as run
 
-    model, inputs = _made_by(script)
+    model, inputs = made_by(script)
     args, kwargs = arguments(inputs)
     found = run(model, *args, a=a, b=None if b == "default" else b, tolerance=tolerance, **kwargs)
     if as_json:
@@ -55,7 +55,7 @@ def doctor() -> None:
     raise typer.Exit(int(any(f.state == BROKEN for f in findings)))
 
 
-def _made_by(script: str) -> tuple[Any, Any]:
+def made_by(script: str) -> tuple[Any, Any]:
     """(model, inputs) from ``file.py:function``."""
     path, _, function = script.rpartition(":")
     if not path or not Path(path).is_file():

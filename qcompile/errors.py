@@ -51,6 +51,10 @@ class CalibrationError(QCompileError, ValueError):
     """A model cannot be calibrated on the data given: there is none, or nothing of the model is to be packed."""
 
 
+class BudgetError(QCompileError, ValueError):
+    """A budget of :func:`qcompile.search` cannot be read, or no choice of formats fits it."""
+
+
 class KernelBuildError(QCompileError, RuntimeError):
     """A generated kernel did not compile; the message holds the command, the source file and the compiler's words."""
 

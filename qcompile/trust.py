@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -75,6 +76,13 @@ class Verified:
 
     def _tile(self, entry: Entry, folder: Path) -> bool:
         return _json(folder, "tile") == {"spills": True}
+
+    def _sensitivity(self, entry: Entry, folder: Path) -> bool:
+        try:
+            loss = json.loads((folder / FILES["sensitivity"][0]).read_bytes())
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(loss, float) and math.isfinite(loss) and loss >= 0
 
     def _source(self, entry: Entry, folder: Path) -> bool:
         language, schemes = entry.parts.get("language"), entry.parts.get("schemes")

@@ -39,8 +39,9 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     CpuKernels(Scheme(SPEC))
     kernels = TritonKernels(Scheme(SPEC))
     kernels.note_spills(kernels.variant(64, torch.bfloat16, Target("cuda", "90")), 90)
-    for kind, content in (("plan", [["a.weight", Scheme(SPEC).key, False]]), ("calibration", ["a"])):
-        with the_store().making(kind, {"root": "R", "module": "", "frame": "f", "policy": "p", "formats": {}}) as slot:
+    parts = {"root": "R", "module": "", "frame": "f", "policy": "p", "formats": {}, "layer": "a", "scheme": Scheme(SPEC).key}
+    for kind, content in (("plan", [["a.weight", Scheme(SPEC).key, False]]), ("calibration", ["a"]), ("sensitivity", 0.25)):
+        with the_store().making(kind, parts) as slot:
             slot.put(lambda folder, k=kind, c=content: (folder / FILES[k][0]).write_text(json.dumps(c)))  # type: ignore[misc]
     file = tmp_path / "bundle.tar"
     export(the_store(), file)
@@ -84,7 +85,7 @@ def test_code_is_taken_only_where_it_is_what_this_installation_makes(full: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path / "two"))
     text = call("import", full)
-    assert "6 entries taken" in text and "libraries compiled" in text
+    assert "7 entries taken" in text and "libraries compiled" in text
     assert sorted(set(kinds(the_store()))) == sorted(FILES)
     COUNTS.clear()
     CpuKernels(Scheme(SPEC))
@@ -108,7 +109,7 @@ def test_changed_code_is_left_and_with_trust_it_is_taken(full: Path, tmp_path: P
 
 
 UNREADABLE = [("packed", b"no safetensors"), ("tile", b"[]"), ("plan", b'[["a", 1, false]]'), ("plan", b"[" * 10**5),
-              ("calibration", b'{"a": 1}')]  # fmt: skip
+              ("calibration", b'{"a": 1}'), *[("sensitivity", text) for text in (b"-1.0", b"NaN", b"[1]")]]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind,content", UNREADABLE)

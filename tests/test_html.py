@@ -168,6 +168,24 @@ def test_tables_filters_and_plots(browser: Any, tmp_path: Path) -> None:
     assert faults == []
 
 
+def test_a_search_is_shown_with_its_front(browser: Any, tmp_path: Path) -> None:
+    report, _ = made("decoder")
+    model, _, _ = trained_decoder()
+    with torch.no_grad():
+        data = [{"input_ids": torch.arange(1, 33)[None], "use_cache": False}]
+        search = qcompile.search(model, data, "5 bits", formats=("int4_g128", "int8"))
+    page, faults = opened(browser, report.html(tmp_path / "report.html", search=search))
+    assert "5 bits per weight" in page.locator("#search-summary").inner_text()
+    drawn = page.evaluate("Chart.getChart('front').data.datasets.map(d => d.data)")
+    assert [p["y"] for p in drawn[0]] == [p.predicted for p in search.front]
+    assert {p["label"] for p in drawn[1]} == {"int4_g128", "int8"}
+    assert drawn[2][0]["x"] == search.point.bits and drawn[3][0]["y"] == search.measured
+    assert page.locator("#choices tbody tr").count() == 29 and "lm_head" in page.locator("#choices").inner_text()
+    assert faults == []
+    page, faults = opened(browser, report.html(tmp_path / "plain.html"))
+    assert not page.locator("#search-section").is_visible() and faults == []
+
+
 def step(module: str, name: str = "x", **fields: Any) -> Step:
     return Step(name, "linear", module, "", (1, 2), "float32", (), **fields)
 

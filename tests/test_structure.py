@@ -23,12 +23,13 @@ LAYERS = [
     {"tracing"},
     {"policy", "report", "trust"},
     {"timing", "calibration"},
-    {"options", "recorder", "trail"},
+    {"options", "recorder", "trail", "policy_file"},
     {"repro"},
     {"comparison"},
-    {"suggestion"},
+    {"suggestion", "divergence"},
+    {"evaluation"},
     {"passes", "checkpoints"},
-    {"api", "warm", "cli_cache", "cli", "cli_debug", "bisection"},
+    {"allocation", "lm_eval", "api", "warm", "cli_cache", "cli", "cli_debug", "cli_search", "bisection"},
     {"backend"},
 ]
 """From the ground up: a module imports from its own layer or below."""

@@ -21,6 +21,7 @@ from .graph import Step
 from .table import cells
 
 if TYPE_CHECKING:
+    from ..allocation import Search
     from ..comparison import Comparison
     from .table import Report
 
@@ -33,7 +34,7 @@ CONTEXT = 4
 """Lines of the model's code shown before and after a node's."""
 
 
-def page(report: Report, comparison: Comparison | None) -> str:
+def page(report: Report, comparison: Comparison | None, search: Search | None = None) -> str:
     """The whole HTML text."""
     folder = resources.files(__package__)
     template = (folder / "page" / "page.html").read_text(encoding="utf-8")
@@ -41,7 +42,7 @@ def page(report: Report, comparison: Comparison | None) -> str:
     scripts += [(folder / "page" / name).read_text(encoding="utf-8") for name in SCRIPTS]
     parts = {
         "{{style}}": (folder / "page" / "page.css").read_text(encoding="utf-8"),
-        "{{data}}": json.dumps(data(report, comparison), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        "{{data}}": json.dumps(data(report, comparison, search), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         "{{scripts}}": "\n".join(f"<script>{text}</script>" for text in scripts),
     }
     for mark, text in parts.items():
@@ -49,7 +50,7 @@ def page(report: Report, comparison: Comparison | None) -> str:
     return template
 
 
-def data(report: Report, comparison: Comparison | None) -> dict[str, Any]:
+def data(report: Report, comparison: Comparison | None, search: Search | None = None) -> dict[str, Any]:
     """What the page shows, as JSON types."""
     records = {r.decision.site.key: r for r in report.plan}
     say = {key: (r.decision.scheme, r.kernel, bare(r.decision.reason or "")) for key, r in records.items()}
@@ -69,6 +70,7 @@ def data(report: Report, comparison: Comparison | None) -> dict[str, Any]:
         "code": _code(sorted(schemes, key=_label), device),
         "comparison": comparison and comparison.as_dict(),
         "advice": str(comparison.suggestion) if comparison and comparison.suggestion else None,
+        "search": search and _search(search),
     }
 
 
@@ -82,6 +84,15 @@ def _code(schemes: list[Scheme], device: str) -> dict[str, dict[str, str]]:
             left = f"{len(text):,} bytes are left out of this page; Triton keeps them in its cache folder (TRITON_CACHE_DIR)"
             found.setdefault(scheme.label, {})[name] = text if room >= 0 else left
     return found
+
+
+def _search(search: Search) -> dict[str, Any]:
+    """A search without all that was measured of every candidate."""
+    from .search_table import summary
+
+    content = search.as_dict()
+    shown = {name: content[name] for name in ("measure", "chosen", "choices", "front", "uniform")}
+    return shown | {"budget": str(search.budget), "summary": summary(search)}
 
 
 def _label(scheme: Scheme) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ..allocation import Search
     from ..comparison import Comparison
 
 COLUMNS = ("layer", "×", "operator", "shape", "format", "kernel", "rule", "bytes", "SQNR", "left because")
@@ -137,13 +138,13 @@ class Report:
                 data["seconds"] = dict(vars(timing))
         return json.dumps(content, indent=1)
 
-    def html(self, path: str | Path, comparison: Comparison | None = None) -> Path:
+    def html(self, path: str | Path, comparison: Comparison | None = None, search: Search | None = None) -> Path:
         """Writes a page that needs nothing but a browser: graph, decisions, bytes, kernels, and errors by layer, those of a
-        ``comparison`` if one is given, else SQNR. Returns the file's path."""
+        ``comparison`` if one is given, else SQNR; of a ``search`` its front and its choices. Returns the file's path."""
         from .html import page
 
         made = Path(path)
-        made.write_text(page(self, comparison), encoding="utf-8")
+        made.write_text(page(self, comparison, search), encoding="utf-8")
         return made
 
 

@@ -21,6 +21,7 @@ FILES = {
     "calibration": ("rounded.json",),
     "plan": ("plan.json",),
     "tile": ("tile.json",),
+    "sensitivity": ("loss.json",),
 }
 """The files of each kind of entry; sources before the libraries that are compiled from them."""
 

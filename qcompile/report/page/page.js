@@ -163,6 +163,37 @@
     }
   }
 
+  function searched() {
+    // The front of a search, formats used for all layers, the choice, and the choice layer by layer.
+    const found = data.search;
+    if (!found) return;
+    at("search-section").hidden = false;
+    at("search-summary").textContent = found.summary.join("\n");
+    const points = (list, y) => list.filter((p) => p[y] > 0).map((p) => ({ x: p.bits, y: p[y], label: p.label }));
+    const named = Object.entries(found.uniform).map(([label, p]) => ({ ...p, label }));
+    const chosen = [{ ...found.chosen, label: found.budget }];
+    new Chart(at("front"), { type: "scatter", data: { datasets: [
+      { label: "best choice of formats, predicted", data: points(found.front, "predicted"), showLine: true, borderColor: COLORS.packed,
+        backgroundColor: COLORS.packed },
+      { label: "one format for all layers, predicted", data: points(named, "predicted"), backgroundColor: COLORS.block, pointRadius: 5 },
+      { label: "the choice, predicted", data: points(chosen, "predicted"), backgroundColor: COLORS.float, pointStyle: "star",
+        borderColor: COLORS.float, pointRadius: 10 },
+      { label: "the choice, measured", data: points(chosen, "measured"), pointStyle: "crossRot", borderColor: COLORS.float,
+        pointRadius: 7 }] },
+      options: { animation: false, maintainAspectRatio: false, scales: {
+        x: { title: { display: true, text: "bits per weight, scales included" } },
+        y: { type: "logarithmic", title: { display: true, text: found.measure } } },
+      plugins: { tooltip: { callbacks: { label: (item) => (item.raw.label ? item.raw.label + ": " : "") + item.raw.x.toFixed(3)
+        + " bits, " + item.raw.y.toExponential(2) } } } } });
+    const table = at("choices");
+    ["layer", "format", "bits", "bytes", "loss alone"].forEach((name) => make("th", name, table.querySelector("thead tr")));
+    for (const choice of found.choices) {
+      const line = make("tr", undefined, table.querySelector("tbody"));
+      const cells = [choice.layer, choice.format, choice.bits.toFixed(3), size(choice.nbytes), choice.loss.toExponential(2)];
+      cells.forEach((text, i) => { const cell = make("td", text, line); if (i > 1) cell.className = "number"; });
+    }
+  }
+
   function tables() {
     const columns = ["layer", "×", "operator", "shape", "format", "kernel", "rule", "bytes", "SQNR", "left because"];
     const numbers = new Set([1, 3, 7, 8]);
@@ -205,6 +236,7 @@
   toolbar();
   draw();
   plots();
+  searched();
   tables();
   window.qcompile = { ready: performance.now(), graph: () => cy };
 })();
