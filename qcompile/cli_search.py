@@ -55,6 +55,7 @@ def search(
     script: Script,
     budget: Annotated[str, typer.Option(help="'2.1 GB', '4.25 bits' or '1.2 ms'")],
     format: Annotated[list[str] | None, typer.Option(help="one to choose from, or float; give several")] = None,
+    sensitivity: Annotated[str, typer.Option(help="measured, or curvature: estimated by gradients, faster")] = "measured",
     save: Annotated[Path | None, typer.Option(help="write everything as JSON there, for --policy and QCompileLM")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the front there: .png or .svg")] = None,
     as_json: Json = False,
@@ -64,7 +65,7 @@ def search(
 
     with _shown():
         model, data = made_by(script)
-        found = run(model, data, budget, formats=format or None)
+        found = run(model, data, budget, formats=format or None, sensitivity=sensitivity)
         if save is not None:
             found.save(save)
         if plot is not None:
