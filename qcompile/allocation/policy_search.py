@@ -49,8 +49,9 @@ def search(
     total holds the chosen weights. Every loss is kept in the cache as it comes, so a search that was stopped goes on, and another
     budget costs nothing more. The model is not changed.
 
-    Raises :class:`~qcompile.errors.BudgetError` for budgets that cannot be read or met, before anything is measured, and
-    :class:`~qcompile.errors.CompareError` for no data, packed models, training mode, and outputs that are not finite.
+    Raises :class:`~qcompile.errors.BudgetError` for budgets that cannot be read or met, before anything is measured,
+    :class:`~qcompile.errors.OptionError` for another ``sensitivity``, and :class:`~qcompile.errors.CompareError` for no data, packed
+    models, training mode, and outputs that are not finite.
     """
     if sensitivity not in SENSITIVITIES:
         raise OptionError(f"sensitivity={sensitivity!r} of search: use one of {', '.join(map(repr, SENSITIVITIES))}")
