@@ -50,8 +50,8 @@ def search(
     budget costs nothing more. The model is not changed.
 
     Raises :class:`~qcompile.errors.BudgetError` for budgets that cannot be read or met, before anything is measured,
-    :class:`~qcompile.errors.OptionError` for another ``sensitivity``, and :class:`~qcompile.errors.CompareError` for no data, packed
-    models, training mode, and outputs that are not finite.
+    :class:`~qcompile.errors.OptionError` for another ``sensitivity``, and :class:`~qcompile.errors.CompareError` for no data,
+    packed models, training mode, and outputs that are not finite.
     """
     if sensitivity not in SENSITIVITIES:
         raise OptionError(f"sensitivity={sensitivity!r} of search: use one of {', '.join(map(repr, SENSITIVITIES))}")
