@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +58,7 @@ def search(
     script: Script,
     budget: Annotated[str, typer.Option(help="'2.1 GB', '4.25 bits' or '1.2 ms'")],
     format: Annotated[list[str] | None, typer.Option(help="one to choose from, or float; give several")] = None,
+    sensitivity: Annotated[str, typer.Option(help="measured, or curvature: estimated by gradients, faster")] = "measured",
     save: Annotated[Path | None, typer.Option(help="write everything as JSON there, for --policy and QCompileLM")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the front there: .png or .svg")] = None,
     as_json: Json = False,
@@ -64,12 +68,27 @@ def search(
 
     with _shown():
         model, data = made_by(script)
-        found = run(model, data, budget, formats=format or None)
+        with _libraries_to_stderr():
+            found = run(model, data, budget, formats=format or None, sensitivity=sensitivity)
         if save is not None:
             found.save(save)
         if plot is not None:
             found.plot(plot)
         typer.echo(found.to_json() if as_json else str(found))
+
+
+@contextmanager
+def _libraries_to_stderr() -> Iterator[None]:
+    """HiGHS has lines that it prints to the process's standard output whatever its options say; JSON must stay apart."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import qcompile
 from qcompile.allocation import policy_search, sensitivity
 from qcompile.allocation.budget import BITS
 from qcompile.cli import app
-from qcompile.errors import BudgetError, CompareError, PolicyError, UnknownFormatError
+from qcompile.errors import BudgetError, CompareError, OptionError, PolicyError, UnknownFormatError
 from qcompile.evaluation import parameter_bytes
 from qcompile.policy import Policy
 from qcompile.store import COUNTS, Store
@@ -98,6 +99,30 @@ def test_on_other_text_the_choice_beats_one_format_of_as_many_bytes() -> None:
     assert ours.perplexity < theirs.perplexity  # type: ignore[operator]
 
 
+def test_curvature_estimates_what_would_be_measured() -> None:
+    model, data = trained_decoder()[0], windows()[0]
+    search = qcompile.search(model, data, "4.25 bits", formats=FORMATS, sensitivity="curvature")
+    ratios = [e.loss / m.loss for es, ms in zip(search.table.candidates, found().table.candidates, strict=True)
+              for e, m in zip(es, ms, strict=True) if m.loss > 1e-5]  # fmt: skip
+    assert len(ratios) > 60 and 0.8 < statistics.geometric_mean(ratios) < 1.2 and 0.3 < min(ratios) and max(ratios) < 3
+    assert search.measured < 1.1 * found().measured
+    with pytest.raises(OptionError, match="use one of 'measured', 'curvature'"):
+        qcompile.search(model, data, "4.25 bits", sensitivity="guess")
+    with pytest.raises(CompareError, match="has no gradient"):
+        qcompile.search(Cut(), data_of(0), "8 bits", formats=("int4_g64",), sensitivity="curvature")
+
+
+def test_curvature_of_what_is_no_logits() -> None:
+    options: dict[str, Any] = {"formats": ("int3_g64", "int4_g64", "int8"), "measure_total": False}
+    measured, estimated = (
+        qcompile.search(Net(0), data_of(0), "5 bits", sensitivity=how, **options) for how in ("measured", "curvature")
+    )
+    assert estimated.measure == sensitivity.SQUARES
+    for ms, es in zip(measured.table.candidates, estimated.table.candidates, strict=True):
+        for m, e in zip(ms, es, strict=True):
+            assert e.loss == pytest.approx(m.loss, rel=0.6)
+
+
 def test_the_result_is_written_and_drawn(tmp_path: Path) -> None:
     search = found()
     content = json.loads(search.save(tmp_path / "search.json").read_text())
@@ -135,6 +160,17 @@ class Net(nn.Module):
         for layer in self.layers:
             x = x + layer(x).relu()
         return x
+
+
+class Cut(nn.Module):
+    """Its output does not depend on its weight as far as gradients can tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).sign().detach()
 
 
 def data_of(seed: int) -> list[torch.Tensor]:
@@ -241,6 +277,8 @@ def test_the_commands(tmp_path: Path) -> None:
     assert evaluated["relative_error"] ** 2 == pytest.approx(content["chosen"]["measured"], rel=1e-3)
     assert "no perplexity" in call("evaluate", f"{script}:made", "--policy", "int4_g64")
     assert "BudgetError: budget 1 bits" in call("search", f"{script}:made", "--budget", "1 bits", *options, code=1)
+    curved = call("search", f"{script}:made", "--budget", "5 bits", *options, "--sensitivity", "curvature", "--json")
+    assert json.loads(curved)["choices"][0]["format"] in ("int4_g64", "int8")
     assert "CompareError" in call("evaluate", f"{script}:empty", code=1)
     (tmp_path / "broken.json").write_text("{")
     for name in ("broken.json", "missing.json"):

@@ -10,21 +10,25 @@ from torch import nn
 
 from ..comparison import arguments
 from ..divergence import check_evaluates
-from ..errors import CompareError
+from ..errors import CompareError, OptionError
 from ..evaluation import parameter_bytes
 from ..formats import Scheme
 from ..owners import unwrapped
 from .budget import SECONDS, Budget
 from .candidates import Layer, Times, layers_of, schemes_of
+from .curvature import Curvature
 from .knapsack import Solution
 from .result import Search
 from .sensitivity import Sensitivity
 from .table import Candidate, Table
 
+CURVATURE = "curvature"
+SENSITIVITIES = ("measured", CURVATURE)
+
 
 def search(
     model: nn.Module, data: Iterable[Any], budget: int | str | Budget, *, formats: Iterable[Any] | None = None,
-    measure_total: bool = True, progress: bool = True,
+    sensitivity: str = "measured", measure_total: bool = True, progress: bool = True,
 ) -> Search:  # fmt: skip
     """The format of every layer of the float ``model`` that costs least accuracy within ``budget``.
 
@@ -39,13 +43,18 @@ def search(
     did is ``measured`` against ``point.predicted``, unless ``measure_total`` is false. A tied weight is one layer; q, k and v may
     differ.
 
+    ``sensitivity="curvature"`` estimates the losses by backward passes instead (:class:`.curvature.Curvature`).
+
     Costs layers × candidates calls of the model per item, and holds the float outputs and one packed candidate at a time; the
     total holds the chosen weights. Every loss is kept in the cache as it comes, so a search that was stopped goes on, and another
     budget costs nothing more. The model is not changed.
 
-    Raises :class:`~qcompile.errors.BudgetError` for budgets that cannot be read or met, before anything is measured, and
-    :class:`~qcompile.errors.CompareError` for no data, packed models, training mode, and outputs that are not finite.
+    Raises :class:`~qcompile.errors.BudgetError` for budgets that cannot be read or met, before anything is measured,
+    :class:`~qcompile.errors.OptionError` for another ``sensitivity``, and :class:`~qcompile.errors.CompareError` for no data,
+    packed models, training mode, and outputs that are not finite.
     """
+    if sensitivity not in SENSITIVITIES:
+        raise OptionError(f"sensitivity={sensitivity!r} of search: use one of {', '.join(map(repr, SENSITIVITIES))}")
     wanted, base, items = Budget.parse(budget), unwrapped(model), list(data)
     if not items:
         raise CompareError("no data: search needs at least one input; give a list of tensors, tuples or dicts of arguments")
@@ -58,7 +67,7 @@ def search(
         empty = Table(tuple(layers), _costs(base, layers, schemes, wanted), other, "")
         empty.best(wanted)  # raises where no choice fits
         runs = Sensitivity(base, items)
-        table = _measured(empty, runs, progress)
+        table = _measured(empty, runs, Curvature(runs, layers) if sensitivity == CURVATURE else None, progress)
         solution = table.best(wanted)
         total = _total(table, solution, runs) if measure_total else None
         return Search.of(table, wanted, solution, table.front(wanted.unit), total)
@@ -75,15 +84,15 @@ def _costs(
     )
 
 
-def _measured(table: Table, runs: Sensitivity, progress: bool) -> Table:
-    losses = iter(_tracked(table, runs, progress))
+def _measured(table: Table, runs: Sensitivity, curvature: Curvature | None, progress: bool) -> Table:
+    losses = iter(_tracked(table, runs, curvature, progress))
     rows = tuple(
         tuple(Candidate(c.scheme, c.nbytes, next(losses), c.seconds) for c in row) for row in table.candidates
     )
     return Table(table.layers, rows, table.other_bytes, runs.measure)
 
 
-def _tracked(table: Table, runs: Sensitivity, progress: bool) -> Iterator[float]:
+def _tracked(table: Table, runs: Sensitivity, curvature: Curvature | None, progress: bool) -> Iterator[float]:
     from rich.console import Console
     from rich.progress import track
 
@@ -91,7 +100,12 @@ def _tracked(table: Table, runs: Sensitivity, progress: bool) -> Iterator[float]
     console = Console(stderr=True)
     shown = track(pairs, "losses of layers", console=console, transient=True, disable=not (progress and console.is_terminal))
     for layer, scheme in shown:
-        yield 0.0 if scheme is None else _loss(layer, scheme, runs)
+        if scheme is None:
+            yield 0.0
+        elif curvature is not None:
+            yield curvature.loss(layer, layer.packed(runs.reference, scheme))
+        else:
+            yield _loss(layer, scheme, runs)
 
 
 def _loss(layer: Layer, scheme: Scheme, runs: Sensitivity) -> float:
