@@ -66,8 +66,8 @@ def _best(layer: Layer, hessian: torch.Tensor, pull: torch.Tensor) -> tuple[torc
 
 def _rounded(layer: Layer, weight: torch.Tensor) -> torch.Tensor:
     """``weight`` to the nearest values of the layer's format, ranges as they are."""
-    spec = replace(layer.scheme.format, shrinks=())
-    return decoded(spec, reference.quantize(spec, weight, layer.name), *weight.shape, torch.float32)  # type: ignore[misc]
+    spec, (n, k) = replace(layer.scheme.format, shrinks=()), weight.shape
+    return decoded(spec, reference.quantize(spec, weight, layer.name), n, k, torch.float32)
 
 
 def _groups(matrix: torch.Tensor, group: int) -> torch.Tensor:
