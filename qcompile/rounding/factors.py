@@ -16,13 +16,12 @@ import torch
 
 from ..formats import Scheme, reference, scaled
 from . import gptq
+from .clip import clipped
 from .layers import Found, Layer, decoded
 from .seen import Seen, as_multiplied
 
 AWQ_GRID = tuple(i / 10 for i in range(11))
 SMOOTH_GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-"""Shares of a group's range that weights are clipped to for a try."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,16 @@ class Choice:
 
 
 def awq(layers: Sequence[Layer], seen: Seen) -> list[Found]:
-    """One α for all layers of one input; then each group of weights is clipped where that makes its error smaller."""
-    choice = _awq_choice(layers, seen)
-    return [_clipped(layer, choice, seen) for layer in layers]
+    """Exponents for all layers of one input; then ranges of groups are clipped where that makes errors smaller."""
+    assert seen.hessian is not None
+    choice, found = _awq_choice(layers, seen), []
+    for layer in layers:
+        matrix, share = clipped(layer, choice.factors, seen.hessian)
+        spec = replace(scaled(layer.scheme.format), shrinks=())  # ranges are chosen
+        planes = reference.quantize(spec, matrix, layer.name, None, choice.factors)
+        note = f"{choice.note}, {share:.0%} of groups clipped"
+        found.append(Found(_scaled(layer.scheme), planes, "awq", note))
+    return found
 
 
 def awq_gptq(layers: Sequence[Layer], seen: Seen) -> list[Found]:
@@ -134,36 +140,3 @@ def _best(layers: Sequence[Layer], seen: Seen, candidates: Iterator[Choice]) -> 
         return total
 
     return min(candidates, key=error)
-
-
-def _clipped(layer: Layer, choice: Choice, seen: Seen) -> Found:
-    """The layer with each group's weights clipped to the share of their range that gives the least Σ (x·(ŵ − w))² over the
-    sample, the group by itself."""
-    spec, (n, k) = layer.scheme.format, layer.matrix.shape
-    group = spec.period or k
-    padding = -k % group
-    weight = layer.matrix.to(torch.float32)
-    x = torch.nn.functional.pad(seen.sample, (0, padding)).view(len(seen.sample), -1, group)
-    gram = torch.einsum("rgi,rgj->gij", x, x)
-    shape = weight.new_empty(n, -(-k // group), 1)
-    least, best = torch.full_like(shape, torch.inf), torch.ones_like(shape)
-    for share in CLIPS:
-        planes = _rounded(replace(layer, matrix=_clip(weight / choice.factors, shape.new_full(shape.shape, share), group)
-                                  * choice.factors), choice.factors, seen)  # fmt: skip
-        off = decoded(scaled(spec), planes, n, k, torch.float32) - weight
-        off = torch.nn.functional.pad(off, (0, padding)).view(n, -1, group)
-        error = (torch.einsum("ngi,gij->ngj", off, gram) * off).sum(-1, keepdim=True)
-        best = torch.where(error < least, share, best)
-        least = torch.minimum(error, least)
-    clipped = _clip(weight / choice.factors, best, group) * choice.factors
-    planes = _rounded(replace(layer, matrix=clipped), choice.factors, seen)
-    note = f"{choice.note}, {float((best < 1).float().mean()):.0%} of groups clipped"
-    return Found(_scaled(layer.scheme), planes, "awq", note)
-
-
-def _clip(weight: torch.Tensor, share: torch.Tensor, group: int) -> torch.Tensor:
-    """``weight`` ``[N, K]`` clipped to ``share`` ``[N, groups, 1]`` of the range of each group."""
-    n, k = weight.shape
-    groups = torch.nn.functional.pad(weight, (0, -k % group)).view(n, -1, group)
-    low, high = groups.amin(-1, keepdim=True) * share, groups.amax(-1, keepdim=True) * share
-    return torch.minimum(torch.maximum(groups, low), high).view(n, -1)[:, :k]

@@ -62,7 +62,7 @@ METHODS = {
     m.name: m
     for m in (
         Method("gptq", True, lambda scheme: gptq.why_not(scheme.format), _by_gptq),
-        Method("awq", False, factors.why_no_factors, factors.awq),
+        Method("awq", True, factors.why_no_factors, factors.awq),
         Method("awq+gptq", True, lambda s: gptq.why_not(s.format) or factors.why_no_factors(s), factors.awq_gptq),
         Method("smoothquant", False, factors.why_no_smoothing, factors.smoothquant),
         Method("imatrix", False, _why_no_importance, _by_importance),
