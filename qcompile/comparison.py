@@ -1,4 +1,5 @@
-"""Which layer hurts: the error that each packed weight adds to a model's output alone, and what accumulates."""
+"""Which layer hurts: the error that each packed weight, and each attention in low precision, adds to a model's output alone, and
+what accumulates."""
 
 from __future__ import annotations
 
@@ -13,12 +14,17 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .errors import CompareError
+from .formats import Scheme
 from .owners import unwrapped
+from .passes.switchboard import Switchboard
 from .recorder import recorder_of
 from .tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from .suggestion import Suggestion
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call."""
 
 Metric = Callable[[Any, Any], float]
 """(output, the float model's output) → error, 0 for equal ones."""
@@ -26,8 +32,9 @@ Metric = Callable[[Any, Any], float]
 
 @dataclass(frozen=True)
 class SiteError:
-    """One packed weight: parameter ``name``, ``scheme`` (its label), stored bytes; ``alone``: the error of the output when
-    everything else is float; ``accumulated``: when this weight and all before it in the order of the plan are packed."""
+    """One packed weight: parameter ``name``, ``scheme`` (its label), stored bytes; or one attention in low precision: the name of
+    its site, without bytes. ``alone``: the error of the output when everything else is float; ``accumulated``: when this one and
+    all before it in the order of the plan are packed."""
 
     name: str
     scheme: str
@@ -43,8 +50,8 @@ class SiteError:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors of every packed weight in the model's order, the ``total`` error of all of them together, and the change of
-    policy that would buy most accuracy per byte (None: no weight adds an error)."""
+    """Errors of every packed weight and attention in the model's order, the ``total`` error of all of them together, and the
+    change of policy that would buy most accuracy per byte (None: nothing adds an error)."""
 
     errors: tuple[SiteError, ...]
     total: float
@@ -69,18 +76,20 @@ class Comparison:
 
 
 class Runs:
-    """A float ``reference`` that runs with some of its weights replaced, and the inputs that it is measured on."""
+    """A float ``reference`` that runs with some of its weights replaced and some of its attention in low precision, and the
+    inputs that it is measured on."""
 
     def __init__(self, reference: nn.Module, data: Iterable[Any], metric: Metric | None) -> None:
         self.reference, self.data, self.metric = reference, [arguments(item) for item in data], metric
         if not self.data:
             raise CompareError("no data: compare needs at least one input; give a list of tensors, tuples or dicts of arguments")
-        self.expected = [self._call({}, item) for item in self.data]
+        self._switchboard = Switchboard(reference)
+        self.expected = [self.output({}, item) for item in self.data]
 
-    def error(self, weights: Mapping[str, torch.Tensor]) -> float:
-        """The error of the output with ``weights``, by parameter name, in place of the float ones: that of the metric,
-        averaged over the data; without a metric √(Σ‖y − y₀‖² / Σ‖y₀‖²)."""
-        outputs = (self._call(weights, item) for item in self.data)
+    def error(self, weights: Mapping[str, torch.Tensor], attention: Mapping[str, Scheme] | None = None) -> float:
+        """The error of the output with ``weights``, by parameter name, in place of the float ones, and ``attention``, by the name
+        of its site, in these schemes: that of the metric, averaged over the data; without a metric √(Σ‖y − y₀‖² / Σ‖y₀‖²)."""
+        outputs = (self.output(weights, item, attention) for item in self.data)
         if self.metric is not None:
             return sum(self.metric(y, y0) for y, y0 in zip(outputs, self.expected, strict=True)) / len(self.data)
         squares = [0.0, 0.0]
@@ -90,44 +99,52 @@ class Runs:
             squares[1] += float(theirs.square().sum())
         return math.sqrt(squares[0] / squares[1]) if squares[1] else math.sqrt(squares[0])
 
-    def _call(self, weights: Mapping[str, torch.Tensor], item: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    def output(self, weights: Mapping[str, torch.Tensor], item: Arguments, attention: Mapping[str, Scheme] | None = None) -> Any:
+        """Of one item of ``data``, with ``weights`` and ``attention`` as in :meth:`error`."""
+        if attention:
+            return self._switchboard.run(weights, attention, *item)
         return torch.func.functional_call(self.reference, dict(weights), *item)
 
 
 def compare(
     reference: nn.Module, model: nn.Module, data: Iterable[Any], *, metric: Metric | None = None, suggest: bool = True
 ) -> Comparison:
-    """The error that each packed weight of ``model`` adds alone to the outputs of the float ``reference``, and what adds up.
+    """The error that each packed weight of ``model``, and each attention in low precision, adds alone to the outputs of the float
+    ``reference``, and what adds up.
 
     ``reference`` has the same parameters in float and is not changed; ``model`` was compiled with backend "qcompile" and
     called, or packed by :func:`qcompile.quantize_`. ``data`` is a list of inputs: a tensor, a tuple of arguments or a dict of
     them each. The packed weights run in the float model one at a time, in their own kernels, activations quantized if the
     scheme says so. The error is relative, ‖y − y₀‖ / ‖y₀‖ over the first floating tensor of the output, unless a ``metric``
-    (output, float output) → float is given. Attention and KV caches in low precision are not compared.
+    (output, float output) → float is given. KV caches in low precision are not compared.
 
     Costs 2 · (weights + 1) calls of the float model per input, and with ``suggest`` some twenty more.
-    Raises :class:`~qcompile.errors.CompareError` when no weight is packed or the two models differ in their parameters.
+    Raises :class:`~qcompile.errors.CompareError` when nothing is packed or the two models differ in their parameters.
     """
     inner, base = unwrapped(model), unwrapped(reference)
     with torch.no_grad():
-        weights = packed_weights(inner)
-        _check(base, weights)
+        packed = Packed.of(inner)
+        _check(base, packed.weights)
         runs = Runs(base, data, metric)
-        errors, so_far = [], {}
-        for name, weight in weights.items():
-            so_far[name] = weight
-            alone = runs.error({name: weight})
-            accumulated = alone if len(so_far) == 1 else runs.error(so_far)
-            errors.append(SiteError(name, weight.scheme.label, weight.packed_nbytes, alone, accumulated))
+        errors: list[SiteError] = []
+        so_far = Packed({}, {}, ())
+        for name in packed.order:
+            one = packed.only(name)
+            so_far = Packed({**so_far.weights, **one.weights}, {**so_far.attention, **one.attention}, (*so_far.order, name))
+            alone = runs.error(one.weights, one.attention)
+            accumulated = runs.error(so_far.weights, so_far.attention) if errors else alone
+            (scheme,) = (*(w.scheme for w in one.weights.values()), *one.attention.values())
+            nbytes = sum(w.packed_nbytes for w in one.weights.values())
+            errors.append(SiteError(name, scheme.label, nbytes, alone, accumulated))
         made = Comparison(tuple(errors), errors[-1].accumulated)
         if not suggest or made.total == 0:
             return made
         from .suggestion import suggestion
 
-        return Comparison(made.errors, made.total, suggestion(made, runs, weights, recorder_of(inner).policy))
+        return Comparison(made.errors, made.total, suggestion(made, runs, packed, recorder_of(inner).policy))
 
 
-def arguments(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(item: Any) -> Arguments:
     """Positional and keyword arguments of one input: a dict's, a tuple's or list's, or the one thing itself."""
     if isinstance(item, Mapping):
         return (), dict(item)
@@ -142,14 +159,31 @@ def main_tensor(output: Any) -> torch.Tensor:
     raise CompareError(f"the model returned {type(output).__name__}, in which no floating tensor was found; give a metric")
 
 
-def packed_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
-    """Packed parameters by name, each once, in the order of the plan, which is that of the graph."""
-    found = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
-    if not found:
-        raise CompareError("no weight of the model is packed; call the compiled model once, or pack it with qcompile.quantize_, "
-                           "and compare then")  # fmt: skip
-    planned = [site.parameter for site in recorder_of(model).sites() if site.parameter in found]
-    return {name: found[name] for name in dict.fromkeys([*planned, *found]) if name is not None}
+@dataclass(frozen=True)
+class Packed:
+    """What of a model is packed: ``weights`` by parameter name, schemes of ``attention`` by the name of its site, and all of
+    these names in the ``order`` of the plan, which is that of the graph."""
+
+    weights: Mapping[str, QuantizedTensor]
+    attention: Mapping[str, Scheme]
+    order: tuple[str, ...]
+
+    @staticmethod
+    def of(model: nn.Module) -> Packed:
+        weights = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
+        decisions = [r.decision for r in recorder_of(model).plan]
+        attention = {d.site.name: d.scheme for d in decisions if d.site.operator == "attention" and d.scheme is not None}
+        if not weights and not attention:
+            raise CompareError("no weight of the model is packed; call the compiled model once, or pack it with "
+                               "qcompile.quantize_, and compare then")  # fmt: skip
+        planned = [d.site.name if d.site.operator == "attention" else d.site.parameter for d in decisions]
+        order = dict.fromkeys([n for n in planned if n in weights or n in attention] + list(weights))
+        return Packed(weights, attention, tuple(n for n in order if n is not None))
+
+    def only(self, name: str) -> Packed:
+        """Of all of it ``name`` alone."""
+        weights = {n: w for n, w in self.weights.items() if n == name}
+        return Packed(weights, {n: s for n, s in self.attention.items() if n == name}, (name,))
 
 
 def _check(reference: nn.Module, weights: Mapping[str, QuantizedTensor]) -> None:

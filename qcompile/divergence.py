@@ -11,13 +11,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .comparison import main_tensor
+from .comparison import Arguments, main_tensor
 from .errors import CompareError
 
 CHUNK = 1 << 22
 """Logits that are brought to float64 at a time."""
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .comparison import arguments
-from .divergence import Arguments, Output, Sums, check_evaluates, check_finite, output_of, sums
+from .comparison import Arguments, arguments
+from .divergence import Output, Sums, check_evaluates, check_finite, output_of, sums
 from .errors import CompareError
 from .owners import Owners, unwrapped
 from .recorder import recorder_of

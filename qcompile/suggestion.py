@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .comparison import Comparison, Runs, SiteError
+from .comparison import Comparison, Packed, Runs, SiteError
 from .formats import Scheme, get
 from .policy import Policy
 from .presets import FLOATS
@@ -61,15 +60,21 @@ class _Choice:
 
 
 def suggestion(
-    comparison: Comparison, runs: Runs, weights: Mapping[str, QuantizedTensor], policy: Policy | None
+    comparison: Comparison, runs: Runs, packed: Packed, policy: Policy | None
 ) -> Suggestion | None:
     """Of the layers that hurt most the one with the largest fall of squared error per byte in any format of :data:`LADDER`;
-    and for it the smallest format that brings its error to a quarter, or to that of the layers in the middle.
+    and for it the smallest format that brings its error to a quarter, or to that of the layers in the middle. Attention that
+    hurts more than every layer: float, which takes no byte.
 
-    ``policy`` is the one that the model was compiled with; None: rules that repeat what its weights are.
+    ``policy`` is the one that the model was compiled with; None: rules that repeat what it has.
     """
+    weights = packed.weights
+    first, *_ = ranked = comparison.ranked()
+    if first.name in packed.attention and first.alone > 0:
+        return _without(first, comparison, runs, packed, policy)
     middle = statistics.median_low([e.alone for e in comparison.errors])
-    ladders = [_ladder(e, runs, weights[e.name]) for e in comparison.ranked()[:LAYERS] if e.alone > 0]
+    hurting = [e for e in ranked if e.name in weights][:LAYERS]
+    ladders = [_ladder(e, runs, weights[e.name]) for e in hurting if e.alone > 0]
     if not ladders:
         return None
     ladder = max(ladders, key=lambda choices: max(c.gain for c in choices))
@@ -78,9 +83,16 @@ def suggestion(
     changed: dict[str, torch.Tensor] = {n: w for n, w in weights.items() if n != best.error.name}
     if best.weight is not None:
         changed[best.error.name] = best.weight
-    rules = [Rule(best.error.layer, scheme_named(best.value)), *_rules(policy, weights)]
-    then = Policy("rules" if policy is None else policy.name, rules, explicit=policy is not None and policy.explicit)
-    return Suggestion(best.error.layer, best.value, alone, best.alone, comparison.total, runs.error(changed), best.extra, then)
+    then = _policy(Rule(best.error.layer, scheme_named(best.value)), packed, policy)
+    total = runs.error(changed, packed.attention)
+    return Suggestion(best.error.layer, best.value, alone, best.alone, comparison.total, total, best.extra, then)
+
+
+def _without(error: SiteError, comparison: Comparison, runs: Runs, packed: Packed, policy: Policy | None) -> Suggestion:
+    """One attention in float."""
+    others = {name: scheme for name, scheme in packed.attention.items() if name != error.name}
+    then = _policy(Rule(error.name, None), packed, policy)
+    return Suggestion(error.name, "float", error.alone, 0.0, comparison.total, runs.error(packed.weights, others), 0, then)
 
 
 def _ladder(error: SiteError, runs: Runs, packed: QuantizedTensor) -> list[_Choice]:
@@ -97,7 +109,9 @@ def _ladder(error: SiteError, runs: Runs, packed: QuantizedTensor) -> list[_Choi
     return choices
 
 
-def _rules(policy: Policy | None, weights: Mapping[str, QuantizedTensor]) -> list[Rule]:
+def _policy(first: Rule, packed: Packed, policy: Policy | None) -> Policy:
+    """``policy`` with a rule before its own; None: with rules that repeat what is packed."""
     if policy is not None:
-        return list(policy.rules)
-    return [Rule(name.removesuffix(".weight"), weight.scheme) for name, weight in weights.items()]
+        return Policy(policy.name, [first, *policy.rules], explicit=policy.explicit)
+    repeated = [Rule(name.removesuffix(".weight"), weight.scheme) for name, weight in packed.weights.items()]
+    return Policy("rules", [first, *repeated, *(Rule(n, s) for n, s in packed.attention.items())], explicit=False)

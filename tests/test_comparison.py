@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import trained_decoder
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import qcompile
 from qcompile.errors import CompareError
@@ -79,6 +79,54 @@ def test_every_weight_has_its_own_error_and_they_add_up_in_order() -> None:
     assert found.total == pytest.approx(float((out - want).norm() / want.norm()), rel=0.05)
     assert found.errors[0].alone == found.errors[0].accumulated and all(e.alone > 0 for e in found.errors)
     assert found.errors[-1].accumulated == found.total
+
+
+def attentive() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 6  # scores that tell tokens apart
+    return model, {"input_ids": torch.arange(24)[None] * 5 % 64, "use_cache": False}
+
+
+@torch.no_grad()
+def test_attention_in_low_precision_is_a_site_like_any_other() -> None:
+    model, item = attentive()
+    compiled = torch.compile(copy.deepcopy(model), backend="qcompile", options={"policy": {"*.self_attn": "int8", "*": "int8"}})
+    whole = compiled(**item).logits
+    found = qcompile.compare(model, compiled, [item], suggest=False)
+    sites = [e for e in found.errors if e.layer.endswith("self_attn")]
+    assert [e.layer for e in sites] == [f"model.layers.{i}.self_attn" for i in range(3)] and len(found.errors) == 25
+    assert all(e.nbytes == 0 and e.scheme == "int8" and e.alone > 0 for e in sites)
+    expected = model(**item).logits
+    assert found.total == pytest.approx(float((whole - expected).norm() / expected.norm()), rel=1e-2)
+    for e in sites:
+        torch._dynamo.reset()
+        one = torch.compile(copy.deepcopy(model), backend="qcompile", options={"policy": {e.layer: "int8", "*": "float"}})
+        assert e.alone == pytest.approx(float((one(**item).logits - expected).norm() / expected.norm()), rel=1e-2)
+    at = found.errors.index(sites[1])
+    assert found.errors[at].accumulated > 0 and found.errors[-1].accumulated == found.total
+    assert "model.layers.1.self_attn" in str(found)
+
+
+@torch.no_grad()
+def test_attention_that_hurts_most_is_suggested_to_stay_in_float() -> None:
+    model, item = attentive()
+    rules = {"model.layers.[01].self_attn": "int4_g32", "*": "int8"}
+    compiled = torch.compile(copy.deepcopy(model), backend="qcompile", options={"policy": rules})
+    compiled(**item)
+    found = qcompile.compare(model, compiled, [item])
+    suggestion = found.suggestion
+    assert suggestion is not None and suggestion.layer == found.ranked()[0].layer
+    assert suggestion.layer.endswith("self_attn") and suggestion.value == "float" and suggestion.extra_bytes == 0
+    torch._dynamo.reset()
+    mended = torch.compile(copy.deepcopy(model), backend="qcompile", options={"policy": suggestion.policy})
+    mended(**item)
+    then = qcompile.compare(model, mended, [item], suggest=False)
+    assert suggestion.layer not in {e.layer for e in then.errors} and len(then.errors) == len(found.errors) - 1
+    assert then.total == pytest.approx(suggestion.total_then, rel=1e-2) and then.total < found.total
 
 
 def test_a_metric_of_the_users() -> None:

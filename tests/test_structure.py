@@ -25,10 +25,10 @@ LAYERS = [
     {"timing", "calibration"},
     {"options", "recorder", "trail", "policy_file"},
     {"repro"},
+    {"passes", "checkpoints"},
     {"comparison"},
     {"suggestion", "divergence"},
     {"evaluation"},
-    {"passes", "checkpoints"},
     {"allocation", "lm_eval", "api", "warm", "cli_cache", "cli", "cli_debug", "cli_search", "bisection"},
     {"backend"},
 ]

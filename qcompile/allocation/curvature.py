@@ -39,7 +39,7 @@ class Curvature:
         pairs = list(zip(runs.data, runs.outputs, strict=True))
         for item, output in pairs * math.ceil(DRAWS / len(pairs)):
             with torch.enable_grad():
-                made = output_of(runs._call(weights, item), item)
+                made = output_of(runs.output(weights, item), item)
                 target = self._drawn(made, draw)
                 if not target.requires_grad:
                     raise CompareError("sensitivity='curvature': the output has no gradient in the weights; use 'measured'")

@@ -51,7 +51,7 @@ class Sensitivity(Runs):
         """Of the model with ``weights``, by parameter name, in place of the float ones; 0 for equal outputs."""
         total = Sums()
         for i, (item, expected) in enumerate(zip(self.data, self.outputs, strict=True)):
-            ours = output_of(self._call(weights, item), item)
+            ours = output_of(self.output(weights, item), item)
             total += sums(ours.values, expected, f"with {', '.join(list(weights)[:3])} packed, item {i}")
         return max(0.0, total.divergence / total.positions) if self.measure == KL else total.relative_square
 
