@@ -37,14 +37,17 @@ WINDOWS, BATCH = 64, 8
 
 
 def policies(model: torch.nn.Module, data: list[Any]) -> Iterator[tuple[str, Any]]:
-    """Names and what a model is packed by, one at a time: to nearest, calibrated on ``data``, and searched on eight items."""
+    """Names and what a model is packed by, one at a time: to nearest, calibrated on ``data``, searched on eight items of it, and
+    both."""
     for name in NEAREST:
         yield name, name
     for name, method in CALIBRATED:
         yield f"{name}, {method}", qcompile.calibrate(model, data, policy=name, method=method, progress=False)
     found = qcompile.search(model, data[:8], SEARCHED[0], progress=False)
     for budget in SEARCHED:
-        yield f"searched, {budget}", found.at(budget).policy
+        policy = found.at(budget).policy
+        yield f"searched, {budget}", policy
+        yield f"searched, {budget}, gptq", qcompile.calibrate(model, data, policy=policy, method="gptq", progress=False)
 
 
 def decoder_rows() -> list[dict[str, Any]]:
