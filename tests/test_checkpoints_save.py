@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import qcompile
 from qcompile import FormatSpec, Plane, register_format, symbols
 from qcompile.errors import CheckpointError, CorruptCheckpointError, MissingTensorError, UnsupportedCheckpointError
-from qcompile.formats import BUILT_IN, Scheme, get, serial
+from qcompile.formats import BUILT_IN, Scheme, get, scaled, serial
 from qcompile.recorder import recorder_of
 from qcompile.tensor import as_parameter, quantize
 
@@ -184,7 +184,7 @@ def test_scales_and_orders_that_do_not_hold(tmp_path: Path) -> None:
             qcompile.load(tmp_path / plane)
 
 
-@pytest.mark.parametrize("spec", [*BUILT_IN, get("Q4_K_scaled"), user_format()], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [*BUILT_IN, scaled(get("Q4_K")), user_format()], ids=lambda s: s.name)
 def test_every_declaration_comes_back_from_json(spec: FormatSpec) -> None:
     again = serial.from_dict(json.loads(json.dumps(serial.to_dict(spec))))
     assert again.fingerprint == spec.fingerprint and again.part_names == spec.part_names

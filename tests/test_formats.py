@@ -23,7 +23,7 @@ from qcompile.formats.codes import nearest_code, nearest_gen
 from qcompile.formats.layout import by_plane, check_planes, pack_plane, unpack_plane
 from qcompile.formats.scheme import activations_of
 
-SPECS = list(formats.REGISTRY.values())
+SPECS = [*formats.REGISTRY.values(), formats.scaled(formats.get("Q4_K")), formats.scaled(formats.get("int4_zp_g128_order"))]
 each_format = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODULES = [importlib.import_module(f"qcompile.formats.{name}") for name in ("integer", "float", "codebook", "gguf")]
@@ -209,7 +209,8 @@ def test_decoding_is_the_value_for_every_code(spec: FormatSpec) -> None:
     entries[spec.code.name] = patterns.to(torch.uint8).view(n, k).view(spec.code.entry_dtype)
     planes = [part for p in spec.planes for part in pack_plane(spec, p, entries[p.name], n, k)]
     order = torch.randperm(k, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    decoded = reference.decode(spec, [*planes, order] if spec.permuted else planes, n, k)
+    factors = torch.rand(k, generator=torch.Generator().manual_seed(1)) + 0.5
+    decoded = reference.decode(spec, planes + [order] * spec.permuted + [factors] * spec.scaled, n, k)
     wide = {
         p.name: entries[p.name].repeat_interleave(p.rows or n, 0)[:n].repeat_interleave(p.per or k, 1)[:, :k]
         for p in spec.planes
@@ -217,6 +218,8 @@ def test_decoding_is_the_value_for_every_code(spec: FormatSpec) -> None:
     expected = _evaluated(spec, wide)
     if spec.permuted:
         expected = expected[:, order.argsort()]
+    if spec.scaled:
+        expected = expected * factors
     torch.testing.assert_close(decoded, expected.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
@@ -529,7 +532,7 @@ def test_fingerprint_covers_every_deciding_field() -> None:
 
 @each_format
 def test_a_copy_of_a_declaration_is_equal(spec: FormatSpec) -> None:
-    copy = FormatSpec(spec.name, spec.planes, spec.value, spec.codebooks, permuted=spec.permuted)
+    copy = FormatSpec(spec.name, spec.planes, spec.value, spec.codebooks, permuted=spec.permuted, scaled=spec.scaled)
     assert copy.fingerprint == spec.fingerprint and copy.part_names == spec.part_names
     grouped = by_plane(spec, [torch.empty(0)] * len(spec.parts))
     assert list(grouped) == [p.name for p in spec.planes] and sum(map(len, grouped.values())) == len(spec.parts)
