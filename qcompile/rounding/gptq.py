@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import FormatError, WeightError
 from ..formats import ALL, FormatSpec, affine, reference
@@ -83,22 +84,23 @@ class Curvature:
 
 
 def _damped(hessian: torch.Tensor, cols: int, damping: float) -> Curvature | None:
-    """That of H + ``damping`` · its mean diagonal; None where it has no Cholesky factor."""
-    full = torch.zeros(cols, cols, dtype=torch.float64, device=hessian.device)
-    full[: len(hessian), : len(hessian)] = hessian
-    diagonal = full.diagonal()
+    """That of H + ``damping`` · its mean diagonal; None where it has no Cholesky factor. Works in float64, on two matrices at a
+    time."""
+    padding = cols - len(hessian)
+    diagonal = F.pad(hessian.diagonal().to(torch.float64), (0, padding))
     mean = diagonal[: len(hessian)].mean().clamp_min(1e-12)
-    unseen = diagonal <= 0
-    diagonal.add_(damping * mean)
-    diagonal[unseen] = mean
+    diagonal = torch.where(diagonal <= 0, mean, diagonal + damping * mean)
     importance = diagonal.to(torch.float32)
     importance[len(hessian) :] = 0.0
     order = importance.argsort(descending=True, stable=True)
-    lower, failed = torch.linalg.cholesky_ex(full[order[:, None], order])
+    work = F.pad(hessian, (0, padding, 0, padding))[order[:, None], order].to(torch.float64)
+    work.diagonal().copy_(diagonal[order])
+    work, failed = torch.linalg.cholesky_ex(work)
     if failed:
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if failed else Curvature(order, upper.to(torch.float32), importance, damping)
+    work = torch.cholesky_inverse(work)
+    work, failed = torch.linalg.cholesky_ex(work, upper=True)
+    return None if failed else Curvature(order, work.to(torch.float32), importance, damping)
 
 
 def quantize(
