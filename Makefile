@@ -3,11 +3,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.26.0
 QUESTION ?= all
+PEERS ?= gptqmodel optimum logbar tokenicer device-smi defuser pypcre threadpoolctl accelerate
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo test lint types unit peers bench clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -28,6 +29,11 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/pytest $(PYTEST)
 
+# Libraries whose own files ours are held against. They ask for other versions than they need, so they come without what they
+# ask for, and lie apart: transformers behaves otherwise when it finds them.
+peers: $(VENV)/.ready-peers
+	PYTHONPATH=$(VENV)/peers GPTQMODEL_CPU_WORKERS=2 $(BIN)/pytest tests/test_checkpoints_integer.py tests/test_checkpoints_save.py -k "gptqmodel or exports_load"
+
 bench: $(VENV)/.ready-bench
 	$(BIN)/python -m benchmarks $(QUESTION)
 
@@ -44,6 +50,10 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[test]'
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/torchvision '$(TORCHVISION)'
+	touch $@
+
+$(VENV)/.ready-peers: $(READY)
+	BUILD_CUDA_EXT=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target $(VENV)/peers $(PEERS)
 	touch $@
 
 $(VENV)/.ready-bench: $(READY)

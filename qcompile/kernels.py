@@ -129,11 +129,9 @@ class Prepared:
     def linear(
         self, x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, n: int
     ) -> torch.Tensor:
-        if not self.inner.reorders:
-            return self.inner.linear(reference.prepared(self.spec, x, planes), self._parts(planes), bias, n)
-        if self.spec.scaled:
-            x = (x * planes[-1]).to(x.dtype)
-        return self.inner.linear(x, planes[: len(self.spec.parts) + self.spec.permuted], bias, n)
+        itself = self.inner.reorders
+        taken = planes[: len(self.spec.parts) + (self.spec.permuted and itself)]
+        return self.inner.linear(reference.prepared(self.spec, x, planes, reorder=not itself), taken, bias, n)
 
     def rows(
         self, planes: Sequence[torch.Tensor], indices: torch.Tensor, n: int, k: int, dtype: torch.dtype

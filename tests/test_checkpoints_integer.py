@@ -213,7 +213,7 @@ with torch.no_grad():
     [("gptq", 4, False, "int4_zp_g128"), ("gptq", 3, True, "int3_zp_g128_order"), ("awq", 4, False, "int4_zp_g128")],
 )
 def test_written_by_gptqmodel(tmp_path: Path, method: str, bits: int, order: bool, name: str) -> None:
-    pytest.importorskip("gptqmodel", reason="gptqmodel quantizes and writes the file")
+    pytest.importorskip("gptqmodel", reason="gptqmodel quantizes and writes the file: make peers")
     tests = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path]), "GPTQMODEL_CPU_WORKERS": "2"}
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", WRITER, method, str(bits), str(order), str(tmp_path)],

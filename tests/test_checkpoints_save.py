@@ -273,7 +273,7 @@ def packed_layers(name: str, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("name", GPTQ)
 def test_gptq_exports_load_in_transformers(tmp_path: Path, name: str) -> None:
-    pytest.importorskip("gptqmodel", reason="transformers needs gptqmodel and optimum to load GPTQ")
+    pytest.importorskip("gptqmodel", reason="transformers needs gptqmodel and optimum to load GPTQ: make peers")
     from transformers import GPTQConfig
 
     model = packed_layers(name, hidden_size=256, intermediate_size=512)

@@ -165,12 +165,12 @@ def in_place(spec: FormatSpec, stored: torch.Tensor, planes: Sequence[torch.Tens
     return (stored * found["factors"]).to(stored.dtype) if spec.scaled else stored
 
 
-def prepared(spec: FormatSpec, x: torch.Tensor, planes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Inputs ``[..., K]`` as the parts of a weight take them: times the factors of columns, and in their order."""
+def prepared(spec: FormatSpec, x: torch.Tensor, planes: Sequence[torch.Tensor], reorder: bool = True) -> torch.Tensor:
+    """Inputs ``[..., K]`` as the parts of a weight take them: times the factors of columns, and (``reorder``) in their order."""
     found = dict(zip(spec.columns, planes[len(spec.parts) :], strict=True))
     if spec.scaled:
         x = (x * found["factors"]).to(x.dtype)
-    return x.index_select(-1, found["order"]) if spec.permuted else x
+    return x.index_select(-1, found["order"]) if spec.permuted and reorder else x
 
 
 def tile_rows(spec: FormatSpec, planes: Sequence[torch.Tensor], start: int, count: int) -> list[torch.Tensor]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import TYPE_CHECKING
 
-from .table import WIDE
+from .plain import plain_table, printed
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -14,22 +13,14 @@ if TYPE_CHECKING:
 
 def text(calibration: Calibration) -> str:
     """One line for each parameter, in the order in which they were packed; what was left, and the means, below."""
-    from rich import box
-    from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("layer", "format", "method", "error by nearest", "calibrated", "note"):
-        table.add_column(name, justify="right" if name in ("error by nearest", "calibrated") else "left", no_wrap=True)
+    table = plain_table("layer", "format", "method", "note", "error by nearest", "calibrated", words=4)
     for _, e in calibration:
-        table.add_row(*map(escape, (e.layer, e.scheme.label, e.method, _error(e.nearest), _error(e.error), e.note)))
+        table.add_row(*map(escape, (e.layer, e.scheme.label, e.method, e.note, _error(e.nearest), _error(e.error))))
     for name in calibration.unseen:
-        table.add_row(escape(name), "", "", "", "", "no graph used it: Dynamo ran its part eagerly, or no sample reaches it")
-    out = io.StringIO()
-    Console(file=out, width=WIDE, color_system=None, force_terminal=False).print(table)
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    return "\n".join([*lines, _summary(calibration)])
+        table.add_row(escape(name), "", "", "no graph used it: Dynamo ran its part eagerly, or no sample reaches it", "", "")
+    return f"{printed(table)}\n{_summary(calibration)}"
 
 
 def _error(value: float | None) -> str:

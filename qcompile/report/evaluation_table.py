@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from .fold import bare, folded_name
-from .table import WIDE, decibels, size
+from .plain import plain_table, printed
+from .table import decibels, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,26 +23,6 @@ def text(evaluation: Evaluation) -> str:
     if evaluation.sites:
         parts.append(printed(_sites(evaluation.sites)))
     return "\n".join(parts)
-
-
-def printed(table: Table) -> str:
-    """A table of ``rich`` as plain text of full width."""
-    from rich.console import Console
-
-    out = io.StringIO()
-    Console(file=out, width=WIDE, color_system=None, force_terminal=False).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-
-
-def plain_table(*columns: str, left: int = 1) -> Table:
-    """A table whose first ``left`` columns hold words and all others numbers."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
-    return table
 
 
 def _figures(e: Evaluation) -> Table:
@@ -65,7 +45,7 @@ def _sites(sites: tuple[SiteNoise, ...]) -> Table:
     groups: dict[tuple[str, str], list[SiteNoise]] = defaultdict(list)
     for site in sites:
         groups[bare(site.layer), site.scheme].append(site)
-    table = plain_table("layer", "format", "bytes", "SQNR", left=2)
+    table = plain_table("layer", "format", "bytes", "SQNR", words=2)
     for (_, scheme), group in groups.items():
         known = [s.sqnr for s in group if s.sqnr is not None]
         ends = [decibels(r) for r in ((min(known), max(known)) if known else ())]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from .evaluation_table import plain_table, printed
 from .fold import bare, folded_name
+from .plain import plain_table, printed
 from .table import size
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ def text(search: Search) -> str:
     groups: dict[tuple[str, str], list[Choice]] = defaultdict(list)
     for choice in search.choices:
         groups[bare(choice.layer), choice.format].append(choice)
-    table = plain_table("layer", "format", "bits", "bytes", "loss alone", left=2)
+    table = plain_table("layer", "format", "bits", "bytes", "loss alone", words=2)
     for (_, scheme), group in groups.items():
         name = folded_name([c.layer for c in group])
         nbytes, loss = sum(c.nbytes for c in group), sum(c.loss for c in group)
         table.add_row(escape(name), escape(scheme), f"{group[0].bits:.3f}", size(nbytes), f"{loss:.2e}")
-    front = plain_table("bits per weight", "bytes", "predicted", left=0)
+    front = plain_table("bits per weight", "bytes", "predicted", words=0)
     for point in search.front:
         front.add_row(f"{point.bits:.3f}", size(point.nbytes), f"{point.predicted:.2e}")
     return "\n".join([printed(table), *summary(search), printed(front)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from ..plan import Plan, Record
 from ..store import COUNTS, the_store
 from .fold import Row, bare, folded_name, rows
 from .graph import Picture
+from .plain import printed
 from .roofline import Timing
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ TIMES = ("roofline", "measured")
 RIGHT = frozenset({"×", "shape", "bytes", "SQNR", *TIMES})
 WHOLE = frozenset({"layer", "operator", "shape", "format", "SQNR", "×"})
 """Columns that are folded last."""
-WIDE = 100_000
-"""Columns of a console that truncates nothing."""
 
 
 class Report:
@@ -87,12 +85,7 @@ class Report:
 
     def __str__(self) -> str:
         """Plain text, every cell whole, whatever the terminal's width."""
-        from rich.console import Console
-
-        text = io.StringIO()
-        Console(file=text, width=WIDE, color_system=None, force_terminal=False).print(self.table())
-        lines = (line.rstrip() for line in text.getvalue().splitlines())
-        return "\n".join((*lines, self.summary()))
+        return f"{printed(self.table())}\n{self.summary()}"
 
     def table(self) -> Table:
         """The table for ``rich``."""
