@@ -24,7 +24,10 @@ from torch import nn
 import qcompile
 from qcompile.tensor import QuantizedTensor
 
-from .calibration import Measure, packed, samples, training
+from .calibration import DecoderLoss, packed, samples, training
+
+SAMPLES = 64
+"""Windows of training text that both look at."""
 
 CASES = (("gptq", 4, False), ("gptq", 3, False), ("awq", 4, False))
 """Method, bits and whether zero points stay in the middle; groups of 128."""
@@ -89,18 +92,19 @@ def run() -> list[dict[str, Any]]:
     if importlib.util.find_spec("gptqmodel") is None:
         return [{"missing": "gptqmodel is not installed"}]
     model, tokenizer, text = training.trained_decoder()
-    data = samples(tokenizer)
-    measure, inputs = Measure(model, training.encode(tokenizer, [text])), inputs_of(model, data)
+    data = samples(tokenizer, SAMPLES)
+    loss, inputs = DecoderLoss(model, training.encode(tokenizer, [text])), inputs_of(model, data)
     rows = []
     for case in CASES:
         method, bits, symmetric = case
         theirs = by_peer(model, tokenizer, data, case)
         policy = {"lm_head": "float", "*": f"int{bits}_zp_g128"}
-        nearest = packed(model, policy)
-        ours = packed(model, qcompile.calibrate(model, data, policy=policy, method=method, progress=False))
-        row: dict[str, Any] = {"method": method, "bits": bits, "float": measure.perplexity}
+        nearest = packed(model, policy, data[0])
+        ours = packed(model, qcompile.calibrate(model, data, policy=policy, method=method, progress=False), data[0])
+        row: dict[str, Any] = {"method": method, "bits": bits, "float": loss.perplexity}
         for name, each in (("nearest", nearest), ("peer", theirs), ("ours", ours)):
-            row[name], row[f"KL {name}"] = measure(each)
+            lost = loss(each)
+            row[name], row[f"KL {name}"] = loss.perplexity + lost["perplexity"], lost["KL"]
         if method == "gptq":
             mine, peers = errors(model, ours, inputs), errors(model, theirs, inputs)
             ratios = [mine[name] / peers[name] for name in peers]
