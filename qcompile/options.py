@@ -33,6 +33,10 @@ class Options:
     kv_cache
         Format of keys and values in the caches of a Hugging Face model: "fp8", "int8", "int4" or any that
         :func:`qcompile.kv_cache.formats_of` takes. None: caches stay as they are.
+    qat
+        Quantization-aware training: under grad, weights that require grad count as the format's nearest ones, with straight-through
+        gradients; in grad mode off they are packed beside the float weights, which stay. Weights that do not require grad are
+        packed for good. See docs/training.md.
     mode
         A mode of ``torch.compile``: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs.
     inductor
@@ -45,6 +49,7 @@ class Options:
     rounding: str = "nearest"
     fallback: str = "error"
     kv_cache: Any = None
+    qat: bool = False
     mode: str = "default"
     inductor: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = field(default=None, init=False)
@@ -81,6 +86,7 @@ class Options:
             raise OptionError(f"option 'fallback' must be 'error' or 'float', found {self.fallback!r}")
         if self.kv_cache is not None:
             formats_of(self.kv_cache)
+        self._check_qat()
         if self.mode not in MODES:
             raise OptionError(f"option 'mode': {nearest(str(self.mode), MODES)} Found {self.mode!r}")
         if not isinstance(self.inductor, Mapping):
@@ -95,6 +101,20 @@ class Options:
                 raise OptionError(
                     f"option 'inductor': no setting {name!r} in torch._inductor.config. {nearest(name, settings)}"
                 )
+
+    def _check_qat(self) -> None:
+        if not isinstance(self.qat, bool):
+            raise OptionError(f"option 'qat' must be True or False, found {self.qat!r}")
+        if not self.qat:
+            return
+        excluded = {
+            "rounding='gptq'": (self.rounding != "nearest", "weights in training are rounded to nearest; calibrate the trained model"),
+            "a calibration as policy": (self.calibration is not None, "its weights are not those in training; give its .policy"),
+            "kv_cache": (self.kv_cache is not None, "a cache is for generation; give it when you compile the trained model"),
+        }
+        for what, (given, remedy) in excluded.items():
+            if given:
+                raise OptionError(f"option 'qat' with {what}: {remedy}")
 
     def inductor_patches(self) -> dict[str, Any]:
         """Settings for Inductor: those of the mode, then the user's own."""

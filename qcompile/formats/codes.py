@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
@@ -98,6 +99,15 @@ def gen_values(spec: FormatSpec, codes: torch.Tensor) -> torch.Tensor:
         return wide.add_(base) if base else wide
     table = gen_table(spec).to(torch.float32).to(codes.device)
     return table.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
+
+
+@functools.cache
+def reach(spec: FormatSpec) -> tuple[float, float]:
+    """Least and greatest ``gen``, each half a step further out: beyond them weights are cut off."""
+    values = sorted({v for v in gen_table(spec).tolist() if math.isfinite(v)})
+    if len(values) < 2:
+        return values[0], values[0]
+    return values[0] - (values[1] - values[0]) / 2, values[-1] + (values[-1] - values[-2]) / 2
 
 
 def nearest_gen(spec: FormatSpec, wanted: torch.Tensor) -> torch.Tensor:
