@@ -212,10 +212,13 @@ def _within(spec: FormatSpec, weight: torch.Tensor, coeff: torch.Tensor, offset:
         ends = [end + offset for end in ends]
     (n, k), group = weight.shape, spec.period or weight.shape[1]
     least, most = (torch.where(coeff == 0, end, e) for end, e in zip((-torch.inf, torch.inf), ends, strict=True))
-    if k % group == 0:
-        wide = weight.view(n, -1, group)
-        return ((wide >= least.unsqueeze(-1)) & (wide <= most.unsqueeze(-1))).view(n, k)
-    return (weight >= least.repeat_interleave(group, 1)[:, :k]) & (weight <= most.repeat_interleave(group, 1)[:, :k])
+    whole = k // group * group
+    kept = torch.empty(n, k, dtype=torch.bool, device=weight.device)
+    for columns, groups in ((slice(0, whole), slice(0, k // group)), (slice(whole, k), slice(k // group, -(-k // group)))):
+        wide = weight[:, columns].reshape(n, groups.stop - groups.start, -1 if groups.stop > groups.start else group)
+        inside = (wide >= least[:, groups, None]) & (wide <= most[:, groups, None])
+        kept[:, columns] = inside.view(n, -1)
+    return kept
 
 
 def in_place(spec: FormatSpec, stored: torch.Tensor, planes: Sequence[torch.Tensor]) -> torch.Tensor:
