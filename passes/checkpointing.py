@@ -39,7 +39,7 @@ def inline(gm: fx.GraphModule) -> fx.GraphModule:
             call.replace_all_uses_with(results)
         for user in list(call.users):
             assert user.target is operator.getitem
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index, arg-type]
             gm.graph.erase_node(user)
         gm.graph.erase_node(call)
     gm.recompile()

@@ -20,8 +20,8 @@ from qcompile.plan import Decision, Record, Site
 
 from .checkpointing import bodies, copied, inline
 from .trace import example, op_name, operand
-from .vocabulary import MULTI_HEAD, SHAPE_QUERIES
-from .walk import Product, products
+from .vocabulary import MULTI_HEAD, SHAPE_QUERIES, WEIGHT_OPERANDS
+from .walk import products
 
 KERNEL = "fake-quantized in training, packed at evaluation"
 
@@ -66,8 +66,9 @@ class Training:
 
     def why_not(self, parameter: torch.Tensor) -> str | None:
         """Why a trained weight stays as it is whatever the policy says; None: it need not."""
-        kind = type(parameter).__name__
-        return f"the weight is a {kind}; only plain tensors are fake-quantized" if is_traceable_wrapper_subclass(parameter) else None
+        if not is_traceable_wrapper_subclass(parameter):
+            return None
+        return f"the weight is a {type(parameter).__name__}; only plain tensors are fake-quantized"
 
     def decided(self, decision: Decision) -> Record:
         """Takes down what the policy says of a trained weight's site; its record."""
@@ -87,8 +88,8 @@ class Training:
             one, other = self._decisions.get(here.parameter), self._decisions.get(there.parameter)
             if one is not None and other is not None and one.scheme != other.scheme:
                 said = [d.scheme.label if d.scheme is not None else "float" for d in (one, other)]
-                raise PolicyError(f"qat: {here.name!r} is to be {said[0]} and {there.name!r} {said[1]}, but layers that are compiled "
-                                  "one by one run one graph. Compile the whole model, or give both one value")  # fmt: skip
+                raise PolicyError(f"qat: {here.name!r} is to be {said[0]} and {there.name!r} {said[1]}, but layers that are compiled"
+                                  " one by one run one graph. Compile the whole model, or give both one value")  # fmt: skip
 
     @property
     def weights(self) -> dict[str, Trained]:
@@ -127,7 +128,7 @@ def _fake_inputs(gm: fx.GraphModule, weights: Mapping[Node, Trained]) -> None:
         if (key := (product.x, trained.activations)) not in made:
             with gm.graph.inserting_before(node):
                 made[key] = _placed(gm.graph.call_function(qat.fake_activations, key), node, product.x)
-        node.replace_input_with(product.x, made[key])
+        _set_input(node, made[key])
     for call, body in bodies(gm):
         own = body.graph.find_nodes(op="placeholder")
         _fake_inputs(body, {p: weights[a] for p, a in zip(own, call.args[1:], strict=True) if a in weights})  # type: ignore[index]
@@ -138,20 +139,31 @@ def _run_packed(gm: fx.GraphModule, weights: Mapping[Node, Trained]) -> None:
     """Linear layers and embeddings over planes of their weights."""
     for node, product in products(gm).items():
         if (trained := weights.get(product.parameter)) is not None:
-            _exchange(node, _linear(node, product, trained))
+            _exchange(node, _linear(node, product.parameter, trained))
     for weight, trained in weights.items():
         for node in [u for u in weight.users if op_name(u) == "embedding" and not trained.transposed]:
             with gm.graph.inserting_before(node):
-                indices = operand(node, 0, "input")
+                indices: Any = operand(node, 0, "input")
                 _exchange(node, gm.graph.call_function(qat.trained_rows, (weight, indices, trained.scheme)))
 
 
-def _linear(node: Node, product: Product, trained: Trained) -> Node:
+def _set_input(node: Node, x: Node) -> None:
+    """Has the product ``node`` multiply ``x``; what ``addmm`` adds may be the same node as its input, and stays."""
+    (position, *words), _ = WEIGHT_OPERANDS[op_name(node)]
+    if position < len(node.args):
+        node.update_arg(position, x)
+    else:
+        node.update_kwarg(next(w for w in words if w in node.kwargs), x)
+
+
+def _linear(node: Node, weight: Node, trained: Trained) -> Node:
     """The node of a linear layer over packed planes, and the addition of what ``addmm`` adds, where that is no bias."""
-    added = operand(node, *{"linear": (2, "bias"), "addmm": (0, "input")}.get(op_name(node), (9, "")))
+    added: Any = operand(node, *{"linear": (2, "bias"), "addmm": (0, "input")}.get(op_name(node), (9, "")))
     tensor = example(added) if isinstance(added, Node) else None
     is_bias = isinstance(tensor, torch.Tensor) and tensor.dim() == 1
-    arguments = (product.x, product.parameter, added if is_bias else None, trained.scheme, trained.transposed)
+    (position, *words), _ = WEIGHT_OPERANDS[op_name(node)]
+    x: Any = operand(node, position, *words)
+    arguments = (x, weight, added if is_bias else None, trained.scheme, trained.transposed)
     with node.graph.inserting_before(node):
         made = node.graph.call_function(qat.trained_linear, arguments)
         return made if added is None or is_bias else node.graph.call_function(torch.add, (made, added))

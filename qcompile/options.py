@@ -34,9 +34,9 @@ class Options:
         Format of keys and values in the caches of a Hugging Face model: "fp8", "int8", "int4" or any that
         :func:`qcompile.kv_cache.formats_of` takes. None: caches stay as they are.
     qat
-        Quantization-aware training: under grad, weights that require grad count as the format's nearest ones, with straight-through
-        gradients; in grad mode off they are packed beside the float weights, which stay. Weights that do not require grad are
-        packed for good. See docs/training.md.
+        Quantization-aware training: under grad, weights that require grad count as what they would be packed to, with
+        straight-through gradients; where grad is off they are packed beside the float weights, which stay. Weights that do
+        not require grad are packed for good. See docs/training.md.
     mode
         A mode of ``torch.compile``: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs.
     inductor
@@ -107,14 +107,14 @@ class Options:
             raise OptionError(f"option 'qat' must be True or False, found {self.qat!r}")
         if not self.qat:
             return
-        excluded = {
-            "rounding='gptq'": (self.rounding != "nearest", "weights in training are rounded to nearest; calibrate the trained model"),
-            "a calibration as policy": (self.calibration is not None, "its weights are not those in training; give its .policy"),
-            "kv_cache": (self.kv_cache is not None, "a cache is for generation; give it when you compile the trained model"),
-        }
-        for what, (given, remedy) in excluded.items():
-            if given:
-                raise OptionError(f"option 'qat' with {what}: {remedy}")
+        if self.rounding != "nearest":
+            raise OptionError(f"option 'qat' with rounding={self.rounding!r}: weights in training are rounded to nearest; "
+                              "calibrate the trained model")  # fmt: skip
+        if self.calibration is not None:
+            raise OptionError("option 'qat' with a calibration as policy: its weights are not those in training; "
+                              "give its .policy")  # fmt: skip
+        if self.kv_cache is not None:
+            raise OptionError("option 'qat' with kv_cache: a cache is for generation; give it when you compile the trained model")
 
     def inductor_patches(self) -> dict[str, Any]:
         """Settings for Inductor: those of the mode, then the user's own."""

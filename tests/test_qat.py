@@ -111,8 +111,9 @@ def test_the_operators_stand_torchs_own_checks() -> None:
                               test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))  # fmt: skip
     torch.library.opcheck(qat.fake_activations, (x.clone().requires_grad_(), "int8"),
                           test_utils=("test_schema", "test_faketensor"))  # fmt: skip
-    torch.library.opcheck(qat.trained_linear, (x, weight, torch.randn(32), key, False), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(qat.trained_rows, (weight, torch.arange(3), key), test_utils=("test_schema", "test_faketensor"))
+    for operator, arguments in ((qat.trained_linear, (x, weight, torch.randn(32), key, False)),
+                                (qat.trained_rows, (weight, torch.arange(3), key))):  # fmt: skip
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 # Whole models --------------------------------------------------------------------------------------------------------
@@ -419,25 +420,26 @@ class Products(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.addmm(self.bias, x, self.a)
         x = x @ self.b.t() + self.b.shape[0]
-        return torch.addmm(x, x, self.c)
+        return torch.addmm(x, mat1=x, mat2=self.c)
 
 
 def test_other_products() -> None:
     model, x = Products().train(), torch.randn(4, 64)
-    run = compiled(model)
-    trained = run(x)
-    trained.sum().backward()
-    made = packed(model, x)
-    assert len(planes(made)) == 3 and model.a.grad is not None
-    torch.testing.assert_close(trained, decoded(made)(x), rtol=1e-5, atol=1e-3)
-    with torch.no_grad():
-        torch.testing.assert_close(run(x), decoded(made)(x), rtol=1e-5, atol=1e-3)
-    assert len(qat._kept) >= 3
+    for policy in ("int4_g32", "int8_dynamic"):
+        run = compiled(model, policy)
+        trained = run(x)
+        trained.sum().backward()
+        made = packed(model, x, policy=policy)
+        assert len(planes(made)) == 3 and model.a.grad is not None
+        with torch.no_grad():
+            bound = {"rtol": 1e-5, "atol": 1e-3} if policy == "int4_g32" else {"rtol": 1e-2, "atol": 1e-1}
+            torch.testing.assert_close(trained, run(x), **bound)
+            torch.testing.assert_close(run(x), made(x), **bound)
 
 
 @pytest.mark.parametrize("policy", ["int8_dynamic", "fp8_dynamic", "int4_dynamic"])
 def test_inputs_are_rounded_as_the_kernels_do(policy: str) -> None:
-    """To the tolerance that tests/test_cpp.py has for the kernels; the first layer's inputs alone, for which rounding is the same."""
+    """Of one layer, whose inputs are the same to the last bit in training and in evaluation."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(256, 32)).train(), torch.randn(6, 256, requires_grad=True)
     run = compiled(model, policy)
@@ -502,8 +504,9 @@ def test_train_save_resume_under_another_policy(tmp_path: Path) -> None:
     torch._dynamo.reset()
     changed = compiled(other, "int8")
     assert steps(other, changed)[-1] < 10
+    made = packed(other, x, policy="int8")
     with torch.no_grad():
-        assert torch.equal(changed(x), torch.compile(packed(other, x, policy="int8"), backend="qcompile", options={"policy": "int8"})(x))
+        assert torch.equal(changed(x), torch.compile(made, backend="qcompile", options={"policy": "int8"})(x))
 
 
 @pytest.mark.parametrize("options, message", [
@@ -557,6 +560,7 @@ def _trained(rank: int, folder: str, split: bool) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model = stack(0).train()
     torch._dynamo.config.optimize_ddp = split
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 1024
     wrapped = DistributedDataParallel(model, bucket_cap_mb=0.02)
     run = torch.compile(wrapped, backend="qcompile", options={"qat": True, "policy": "int4_g32"})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -568,7 +572,8 @@ def _trained(rank: int, folder: str, split: bool) -> None:
     said = {r.decision.site.name: r.kernel for r in recorder_of(wrapped).plan}
     with torch.no_grad():
         evaluated = run(batch)
-    torch.save((model.state_dict(), evaluated, said, counters["stats"]["unique_graphs"]), f"{folder}/{rank}.pt")
+    graphs = counters["aot_autograd"]["total"] / counters["stats"]["unique_graphs"]
+    torch.save((model.state_dict(), evaluated, said, graphs), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -576,8 +581,9 @@ def _trained(rank: int, folder: str, split: bool) -> None:
 @pytest.mark.parametrize("split", [True, False], ids=["split by DDPOptimizer", "whole"])
 def test_two_processes_train_one_model(tmp_path: Path, split: bool) -> None:
     torch.multiprocessing.spawn(_trained, (str(tmp_path), split), nprocs=2)
-    (first, evaluated, said, _), (second, other, _, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (first, evaluated, said, graphs), (second, other, _, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert set(said.values()) == {"fake-quantized in training, packed at evaluation"} and len(said) == 7
+    assert graphs >= 2 if split else graphs == 1
     assert all(torch.equal(first[n], second[n]) for n in first) and torch.equal(evaluated, other)
     alone = stack(0).train()
     run = compiled(alone)
