@@ -88,8 +88,9 @@ class Training:
             one, other = self._decisions.get(here.parameter), self._decisions.get(there.parameter)
             if one is not None and other is not None and one.scheme != other.scheme:
                 said = [d.scheme.label if d.scheme is not None else "float" for d in (one, other)]
-                raise PolicyError(f"qat: {here.name!r} is to be {said[0]} and {there.name!r} {said[1]}, but layers that are compiled"
-                                  " one by one run one graph. Compile the whole model, or give both one value")  # fmt: skip
+                raise PolicyError(f"qat: {here.name!r} is to be {said[0]} and {there.name!r} {said[1]}, but layers that are "
+                                  "compiled one by one run one graph. Compile the whole model, or give both one "
+                                  "value")  # fmt: skip
 
     @property
     def weights(self) -> dict[str, Trained]:

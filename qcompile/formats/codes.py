@@ -119,7 +119,7 @@ def nearest_gen(spec: FormatSpec, wanted: torch.Tensor) -> torch.Tensor:
     low, high = finite_range(gen_table(spec))
     if linear is None:
         wanted.sub_(low).mul_((CELLS - 1) / (high - low)).clamp_(0, CELLS - 1)
-        return _cells(spec).to(wanted.device).index_select(0, wanted.flatten().int()).view(wanted.shape)
+        return cells_of(spec).to(wanted.device).index_select(0, wanted.flatten().int()).view(wanted.shape)
     if linear[0] != 1.0:
         return gen_values(spec, nearest_code(spec, wanted))
     shift = linear[1] - round(linear[1])  # rounding may happen where codes are integers: only a fraction must be taken away
@@ -129,7 +129,7 @@ def nearest_gen(spec: FormatSpec, wanted: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _cells(spec: FormatSpec) -> torch.Tensor:
+def cells_of(spec: FormatSpec) -> torch.Tensor:
     """float32 ``[CELLS]``: ``gen`` of the code nearest to the middle of each cell."""
     low, high = finite_range(gen_table(spec))
     middles = low + (torch.arange(CELLS, dtype=torch.float64) + 0.5) * ((high - low) / (CELLS - 1))
