@@ -86,7 +86,7 @@ def chunks(
     step = max(whole, (elements or CHUNK_ELEMENTS) // max(weight.shape[1], 1) // whole * whole)
     for start in range(0, len(weight), step):
         chunk = weight[start : start + step].to(torch.float32)
-        if not torch.isfinite(chunk).all():
+        if chunk.numel() and not all(map(torch.isfinite, torch.aminmax(chunk))):  # NaN if any is
             raise WeightError(f"{layer}: the weight has NaN or infinite values (rows {start} to {start + len(chunk) - 1}); "
                               "repair the checkpoint, or leave this layer in float by a policy rule")  # fmt: skip
         yield start, chunk
