@@ -119,7 +119,7 @@ def begin(backend: object) -> None:
         options = Options.parse(kwargs.get("options"), kwargs.get("mode"))
     except QCompileError:
         return  # the backend raises it where it is shown to the user
-    if options.rounding != "nearest" or options.weights != "free" or options.calibration is not None:
+    if options.qat or options.rounding != "nearest" or options.weights != "free" or options.calibration is not None:
         return
     _under_way.owners = owners = Owners()
     root, path = owners.path(module)

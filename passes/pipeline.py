@@ -29,6 +29,7 @@ from .convert import Conversion
 from .discover import attention_of, discover
 from .notices import GRAD, note_failure, some, warn_of_fallback, warn_of_grad, warn_of_nearest, warn_of_uncalibrated
 from .picture import picture
+from .qat import Training
 from .records import each, kernel_name, packed_record, recording
 from .siblings import siblings
 from .walk import Weight
@@ -56,19 +57,21 @@ class Compilation:
         owners: Owners | None = None,
     ) -> None:
         self.gm, self.options = gm, options
+        self.training = Training(gm, options.qat)
         fitted = options.rounding == "gptq" or options.calibration is not None
         self.rounding: dict[str, str] | None = {} if fitted else None
         self.owners = owners or Owners()
         self.look_at(example_inputs)
         self.root = self.owners.root(self.parameters[0]) if self.parameters else None
         self.recorder = recorder or recorder_of(self.root)
-        self.sites = discover(gm, example_inputs, self.owners.name)
+        self.sites = discover(self.training.flat, self.example_inputs, self.owners.name)
         self.device = _device(self.values.values())
         self.target = target.of(self.device)
         self.recorder.policy = options.policy.resolved(self.target)
 
     def look_at(self, inputs: Sequence[Any]) -> None:
         """Takes ``inputs`` as those of the graph, and lets go of those before."""
+        inputs = self.training.real(inputs, self.owners)
         self.example_inputs = inputs
         names = [n.name for n in self.gm.graph.find_nodes(op="placeholder")]
         self.values = dict(zip(names, inputs, strict=True))
@@ -90,7 +93,9 @@ class Compilation:
         if self.root is not None:
             owned = [self.owners.slots[id(v)][0] for v in self.parameters]
             for sibling in siblings(self.owners, self.root, owned):
-                self._decide([sibling.rename(s) for s in loose], found)
+                renamed = [sibling.rename(s) for s in loose]
+                self._decide(renamed, found)
+                self.training.check_siblings(loose, renamed)
         if self.options.calibration is not None:
             found = self._as_calibrated(found, self.options.calibration)
         if self.options.rounding == "gptq":
@@ -143,9 +148,13 @@ class Compilation:
         schemes = {d.site.name: d.scheme for d in decisions if d.scheme is not None}
         return rewrite(attention_of(self.gm, self.example_inputs, self.owners.name), schemes) if schemes else 0
 
+    def lower_trained(self) -> int:
+        """Puts what quantization-aware training computes in the place of the weights that are trained; returns how many."""
+        return self.training.lower()
+
     def picture(self) -> Picture:
         """The graph as plain data."""
-        return picture(self.gm, self.sites, self.values, self.owners.name)
+        return picture(self.training.flat, self.sites, self.values, self.owners.name)
 
     def _decide(self, sites: list[Site], found: dict[int, Conversion]) -> None:
         """Asks the policy about float ``sites``; adds to ``found``, by parameter, what it wants packed."""
@@ -154,6 +163,9 @@ class Compilation:
             slots = self._slots(decision.site)
             parameter = slots[0].get() if slots else None
             if isinstance(parameter, QuantizedTensor):
+                continue
+            if parameter is not None and self.training.takes(parameter):
+                self.recorder.add(self.training.decided(decision))
                 continue
             runs = decision.scheme is not None and decision.site.operator == "attention"
             kernel = kernel_name(decision.scheme, self.device) if runs else None  # type: ignore[arg-type]
@@ -232,6 +244,8 @@ class Compilation:
             reason = "the weight is a fake tensor; pack the model with qcompile.quantize_ before tracing it"
         elif id(value) not in self.owners.slots:
             reason = "the weight is not a parameter of any module, so it cannot be exchanged for a packed one"
+        elif self.training.takes(value):
+            reason = self.training.why_not(value)
         elif value.requires_grad and torch.is_grad_enabled():
             reason = GRAD
         return dataclasses.replace(site, unsupported=reason)

@@ -45,7 +45,7 @@ def _compiled(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: O
     compilation = Compilation(gm, foreseen.floats(example_inputs), parsed, owners=foreseen.owners)
     switched = packs_caches(compilation.root, parsed.kv_cache)
     conversions = compilation.ready(compilation.conversions())
-    if conversions or switched:
+    if conversions or switched or compilation.training.weights:
         trail.graph(gm, "before")
     confirmed = None if switched else foreseen.confirms(example_inputs, conversions)
     if confirmed is None:
@@ -53,6 +53,7 @@ def _compiled(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: O
         raise Retrace(conversions)
     compilation.recorder.saw(compilation.picture())
     compilation.lower_attention()
+    compilation.lower_trained()
     compilation.look_at(example_inputs)
     del foreseen, conversions  # with them the last of each float weight goes as its packed form stands
     while confirmed:

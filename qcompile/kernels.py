@@ -7,11 +7,12 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .formats import FormatSpec, Scheme, reference, scheme_of
+from .formats.moments import Three, use
 
 
 class Kernels(Protocol):
@@ -148,6 +149,15 @@ class Prepared:
 
     def _parts(self, planes: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return planes[: len(self.spec.parts)]
+
+
+def _moments(*arguments: Any) -> Three | None:
+    from .codegen.cpp_moments import moments
+
+    return moments(*arguments)
+
+
+use(_moments)
 
 
 @functools.cache

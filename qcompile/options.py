@@ -33,6 +33,10 @@ class Options:
     kv_cache
         Format of keys and values in the caches of a Hugging Face model: "fp8", "int8", "int4" or any that
         :func:`qcompile.kv_cache.formats_of` takes. None: caches stay as they are.
+    qat
+        Quantization-aware training: under grad, weights that require grad count as what they would be packed to, with
+        straight-through gradients; where grad is off they are packed beside the float weights, which stay. Weights that do
+        not require grad are packed for good. See docs/training.md.
     mode
         A mode of ``torch.compile``: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs.
     inductor
@@ -45,6 +49,7 @@ class Options:
     rounding: str = "nearest"
     fallback: str = "error"
     kv_cache: Any = None
+    qat: bool = False
     mode: str = "default"
     inductor: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = field(default=None, init=False)
@@ -81,6 +86,7 @@ class Options:
             raise OptionError(f"option 'fallback' must be 'error' or 'float', found {self.fallback!r}")
         if self.kv_cache is not None:
             formats_of(self.kv_cache)
+        self._check_qat()
         if self.mode not in MODES:
             raise OptionError(f"option 'mode': {nearest(str(self.mode), MODES)} Found {self.mode!r}")
         if not isinstance(self.inductor, Mapping):
@@ -95,6 +101,20 @@ class Options:
                 raise OptionError(
                     f"option 'inductor': no setting {name!r} in torch._inductor.config. {nearest(name, settings)}"
                 )
+
+    def _check_qat(self) -> None:
+        if not isinstance(self.qat, bool):
+            raise OptionError(f"option 'qat' must be True or False, found {self.qat!r}")
+        if not self.qat:
+            return
+        if self.rounding != "nearest":
+            raise OptionError(f"option 'qat' with rounding={self.rounding!r}: weights in training are rounded to nearest; "
+                              "calibrate the trained model")  # fmt: skip
+        if self.calibration is not None:
+            raise OptionError("option 'qat' with a calibration as policy: its weights are not those in training; "
+                              "give its .policy")  # fmt: skip
+        if self.kv_cache is not None:
+            raise OptionError("option 'qat' with kv_cache: a cache is for generation; give it when you compile the trained model")
 
     def inductor_patches(self) -> dict[str, Any]:
         """Settings for Inductor: those of the mode, then the user's own."""

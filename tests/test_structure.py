@@ -16,7 +16,7 @@ LAYERS = [
     {"codegen"},
     {"kernels", "doctor"},
     {"ops"},
-    {"inductor"},
+    {"inductor", "qat"},
     {"tensor", "tensor_ops", "multihead", "kv_cache"},
     {"packing"},
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "rounding"},

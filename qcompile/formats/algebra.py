@@ -182,6 +182,7 @@ def _reach(plane: Plane) -> float:
     return (plane.per or 2.0**40) * (plane.rows or 2.0**40)
 
 
+@functools.cache
 def torch_function(spec: FormatSpec, expr: sympy.Expr, names: tuple[str, ...]) -> Callable[..., torch.Tensor]:
     """``expr`` as a PyTorch function of tensors named ``names``: the printer of the reference.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
@@ -100,6 +101,15 @@ def gen_values(spec: FormatSpec, codes: torch.Tensor) -> torch.Tensor:
     return table.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
 
 
+@functools.cache
+def reach(spec: FormatSpec) -> tuple[float, float]:
+    """Least and greatest ``gen``, each half a step further out: beyond them weights are cut off."""
+    values = sorted({v for v in gen_table(spec).tolist() if math.isfinite(v)})
+    if len(values) < 2:
+        return values[0], values[0]
+    return values[0] - (values[1] - values[0]) / 2, values[-1] + (values[-1] - values[-2]) / 2
+
+
 def nearest_gen(spec: FormatSpec, wanted: torch.Tensor) -> torch.Tensor:
     """``gen`` of the codes nearest to ``wanted`` (float32, overwritten): float32, same shape.
 
@@ -109,7 +119,7 @@ def nearest_gen(spec: FormatSpec, wanted: torch.Tensor) -> torch.Tensor:
     low, high = finite_range(gen_table(spec))
     if linear is None:
         wanted.sub_(low).mul_((CELLS - 1) / (high - low)).clamp_(0, CELLS - 1)
-        return _cells(spec).to(wanted.device).index_select(0, wanted.flatten().int()).view(wanted.shape)
+        return cells_of(spec).to(wanted.device).index_select(0, wanted.flatten().int()).view(wanted.shape)
     if linear[0] != 1.0:
         return gen_values(spec, nearest_code(spec, wanted))
     shift = linear[1] - round(linear[1])  # rounding may happen where codes are integers: only a fraction must be taken away
@@ -119,7 +129,7 @@ def nearest_gen(spec: FormatSpec, wanted: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _cells(spec: FormatSpec) -> torch.Tensor:
+def cells_of(spec: FormatSpec) -> torch.Tensor:
     """float32 ``[CELLS]``: ``gen`` of the code nearest to the middle of each cell."""
     low, high = finite_range(gen_table(spec))
     middles = low + (torch.arange(CELLS, dtype=torch.float64) + 0.5) * ((high - low) / (CELLS - 1))

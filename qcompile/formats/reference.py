@@ -8,7 +8,7 @@ import torch
 
 from ..errors import FormatError, WeightError
 from .algebra import affine, torch_function
-from .codes import gen_values, nearest_code
+from .codes import gen_values, nearest_code, reach
 from .layout import by_plane, check_planes, pack_plane, unpack_plane
 from .search import fit, inverted, whole_tensor
 from .spec import ALL, ROW, TILE_N, FormatSpec
@@ -29,8 +29,7 @@ def quantize(
     Rows are worked on in chunks, so peak memory is the planes plus one chunk. Raises :class:`WeightError` for a
     weight that is not a 2-D float tensor or has NaN or infinite values.
     """
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise WeightError(f"{layer}: expected a 2-D float weight [N, K], found {weight.dtype} {list(weight.shape)}")
+    check_weight(weight, layer)
     if importance is not None and (importance.shape != weight.shape[1:] or not (importance >= 0).all()):
         raise WeightError(f"{layer}: importance must be [{weight.shape[1]}] and not negative, found {list(importance.shape)}")
     n, k = weight.shape
@@ -40,14 +39,25 @@ def quantize(
         importance = factors**2 if importance is None else importance * factors**2
     stored = [torch.empty(spec.part_shape(p, n, k), dtype=p.dtype, device=weight.device) for p in spec.parts]
     fixed = whole_tensor_entries(spec, weight, layer)
-    shared = any(p.rows == ALL and p.name not in fixed for p in spec.scales)  # then all rows are one chunk
-    for start, chunk in chunks(spec, weight, layer, 2 * weight.numel() if shared else None):
+    for start, chunk in chunks(spec, weight, layer, shared_rows(spec, weight, fixed)):
         entries = entries_of(spec, chunk, importance, fixed)
         tiles = slice(start // TILE_N, -(-(start + len(chunk)) // TILE_N))
         parts = [part for plane in spec.planes for part in pack_plane(spec, plane, entries[plane.name], len(chunk), k)]
         for whole, part in zip(stored, parts, strict=True):
             whole[tiles].copy_(part)
     return stored + columns(spec, k, weight.device, factors)
+
+
+def check_weight(weight: torch.Tensor, layer: str) -> None:
+    """Raises :class:`WeightError` for what is no matrix of floats."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise WeightError(f"{layer}: expected a 2-D float weight [N, K], found {weight.dtype} {list(weight.shape)}")
+
+
+def shared_rows(spec: FormatSpec, weight: torch.Tensor, fixed: Entries) -> int | None:
+    """Elements of a chunk where all rows must be in one, because they share an entry that is not ``fixed``; else None."""
+    shared = any(p.rows == ALL and p.name not in fixed for p in spec.scales)
+    return 2 * weight.numel() if shared else None
 
 
 def columns(spec: FormatSpec, k: int, device: torch.device, factors: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -76,7 +86,7 @@ def chunks(
     step = max(whole, (elements or CHUNK_ELEMENTS) // max(weight.shape[1], 1) // whole * whole)
     for start in range(0, len(weight), step):
         chunk = weight[start : start + step].to(torch.float32)
-        if not torch.isfinite(chunk).all():
+        if chunk.numel() and not all(map(torch.isfinite, torch.aminmax(chunk))):  # NaN if any is
             raise WeightError(f"{layer}: the weight has NaN or infinite values (rows {start} to {start + len(chunk) - 1}); "
                               "repair the checkpoint, or leave this layer in float by a policy rule")  # fmt: skip
         yield start, chunk
@@ -144,17 +154,71 @@ def decode(
     Raises :class:`~qcompile.errors.LayoutError` when the planes do not belong to an N×K weight of this format.
     """
     check_planes(spec, planes, n, k)
-    cols, form, grouped = spec.padded(n, k)[1], affine(spec), by_plane(spec, planes)
-    entries = {p.name: unpack_plane(p, grouped[p.name], n) for p in spec.planes}
-    group = spec.period or cols
-    groups = cols // group
-    wide = {p.name: entries[p.name].repeat_interleave((p.per or cols) // group, 1)[:, :groups] for p in spec.scales}
-    value = gen_values(spec, entries[spec.code.name]).view(n, -1, group)
-    names = tuple(wide)
-    value = value * torch_function(spec, form.coeff, names)(*wide.values()).unsqueeze(-1)
+    grouped = by_plane(spec, planes)
+    value = values_of(spec, {p.name: unpack_plane(p, grouped[p.name], n) for p in spec.planes})[0]
+    return in_place(spec, value[:, :k], planes).to(dtype).contiguous()
+
+
+def values_of(
+    spec: FormatSpec, entries: Entries
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """float32 values ``[n, K']`` of plane ``entries`` with as many rows as the codes, and coeff and offset ``[n, groups]`` (None:
+    0): coeff · gen + offset, from left to right."""
+    codes = entries[spec.code.name]
+    n, cols = codes.shape
+    form, group = affine(spec), spec.period or cols
+    wide = {p.name: entries[p.name].repeat_interleave((p.per or cols) // group, 1)[:, : cols // group] for p in spec.scales}
+    names, offset = tuple(wide), None
+    coeff = torch_function(spec, form.coeff, names)(*wide.values())
+    value = gen_values(spec, codes).view(n, -1, group).mul_(coeff.unsqueeze(-1))
     if form.offset != 0:
-        value = value + torch_function(spec, form.offset, names)(*wide.values()).unsqueeze(-1)
-    return in_place(spec, value.view(n, cols)[:, :k], planes).to(dtype).contiguous()
+        offset = torch_function(spec, form.offset, names)(*wide.values())
+        value.add_(offset.unsqueeze(-1))
+    return value.view(n, cols), coeff, offset
+
+
+def fake(spec: FormatSpec, weight: torch.Tensor, layer: str = "weight") -> tuple[torch.Tensor, torch.Tensor]:
+    """``decode(quantize(weight))`` of a float ``[N, K]`` weight in its dtype, bit for bit, and the bool ``[N, K]`` mask of the
+    weights that the format does not cut off: those within half a step of the values that their group can have.
+
+    The mask is the derivative of the first in the clipped straight-through estimator (Bengio et al. 2013; Choi et al. 2018).
+    No plane is packed. Rows are worked on in chunks. Raises :class:`WeightError` as :func:`quantize` does.
+    """
+    check_weight(weight, layer)
+    (n, k), fixed = weight.shape, whole_tensor_entries(spec, weight, layer)
+    made = torch.empty(n, k, dtype=weight.dtype, device=weight.device)
+    kept = torch.empty(n, k, dtype=torch.bool, device=weight.device)
+    for start, chunk in chunks(spec, weight, layer, shared_rows(spec, weight, fixed)):
+        rows, entries = slice(start, start + len(chunk)), entries_of(spec, chunk, None, fixed)
+        value, coeff, offset = values_of(spec, by_row(spec, entries))
+        made[rows] = value[:, :k]
+        kept[rows] = _within(spec, chunk, coeff, offset)
+    return made, kept
+
+
+def by_row(spec: FormatSpec, entries: Entries) -> Entries:
+    """``entries`` with those that rows share repeated, so that each plane has as many rows as the codes."""
+    n = len(entries[spec.code.name])
+    shared = {p.name: entries[p.name].repeat_interleave(p.rows or n, 0)[:n] for p in spec.scales if p.rows != 1}
+    return entries | shared
+
+
+def _within(spec: FormatSpec, weight: torch.Tensor, coeff: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+    """Which of float32 ``[n, K]`` lie within half a step of the values of their group; all of a group whose coeff is 0."""
+    low, high = reach(spec)
+    a, b = coeff * low, coeff * high
+    ends = [torch.minimum(a, b), torch.maximum(a, b)]
+    if offset is not None:
+        ends = [end + offset for end in ends]
+    (n, k), group = weight.shape, spec.period or weight.shape[1]
+    least, most = (torch.where(coeff == 0, end, e) for end, e in zip((-torch.inf, torch.inf), ends, strict=True))
+    whole = k // group * group
+    kept = torch.empty(n, k, dtype=torch.bool, device=weight.device)
+    for columns, groups in ((slice(0, whole), slice(0, k // group)), (slice(whole, k), slice(k // group, -(-k // group)))):
+        wide = weight[:, columns].reshape(n, groups.stop - groups.start, -1 if groups.stop > groups.start else group)
+        inside = (wide >= least[:, groups, None]) & (wide <= most[:, groups, None])
+        kept[:, columns] = inside.view(n, -1)
+    return kept
 
 
 def in_place(spec: FormatSpec, stored: torch.Tensor, planes: Sequence[torch.Tensor]) -> torch.Tensor:

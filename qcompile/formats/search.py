@@ -3,7 +3,7 @@
 Everything follows from the declaration. A group's ideal scale and offset are found first, by weighted least squares over
 the codes that several shrunk ranges give; then they are factored into the planes, coarsest first (d of a superblock is the
 largest scale in it over the largest value of its sub-scale), each rounded as it is stored. The scheme of candidates
-refined by least squares is that of llama.cpp's ``make_qkx2_quants``; the formulas are in :func:`_least_squares`.
+refined by least squares is that of llama.cpp's ``make_qkx2_quants``; the formulas are in :class:`_Fitting`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .algebra import affine, finite_range, gen_table, levels_of
-from .codes import nearest_gen
+from .moments import Three, moments
 from .spec import ALL, ROW, FormatSpec
 from .storage import Entries, Storage, largest
 
@@ -111,9 +111,9 @@ def whole_tensor(spec: FormatSpec, low: float, high: float) -> Entries:
 
 
 def _by_group(matrix: torch.Tensor, group: int) -> torch.Tensor:
-    """``[n, K]`` → contiguous ``[group, n·K/group]``: sums over a group then run along whole vectors."""
+    """``[n, K]`` → contiguous ``[n·K/group, group]``."""
     n, k = matrix.shape
-    return matrix.reshape(n * (k // group), group).t().contiguous()
+    return matrix.reshape(n * (k // group), group).contiguous()
 
 
 # The search ----------------------------------------------------------------------------------------------------------
@@ -130,18 +130,18 @@ class _Sums:
     @staticmethod
     def of(x: torch.Tensor, w: torch.Tensor | None) -> _Sums:
         if w is None:
-            return _Sums((x * x).sum(0), x.sum(0), float(len(x)))
-        return _Sums((w * x).mul_(x).sum(0), (w * x).sum(0), w.sum(0).clamp_min(1e-30))
+            return _Sums((x * x).sum(1), x.sum(1), float(x.shape[1]))
+        return _Sums((w * x).mul_(x).sum(1), (w * x).sum(1), w.sum(1).clamp_min(1e-30))
 
 
 def _search(
     spec: FormatSpec, x: torch.Tensor, w: torch.Tensor | None, scales: Storage, offsets: Storage | None,
     shrinks: tuple[float, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Best scale and offset of each group of ``x`` ``[group, groups]``: min–max, or what least squares make of a candidate."""
+    """Best scale and offset of each group of ``x`` ``[groups, group]``: min–max, or what least squares make of a candidate."""
     sign = offsets.sign if offsets is not None else 0
     low, high = finite_range(gen_table(spec))
-    xmin, xmax = x.amin(0), x.amax(0)
+    xmin, xmax = x.amin(1), x.amax(1)
     starts = _min_max(xmin, xmax, low, high, sign, offsets is not None)
     if offsets is not None and offsets.steps is not None:
         starts = _whole_steps(xmin, xmax, low, high, offsets)
@@ -150,18 +150,20 @@ def _search(
     best = _rounded(scales, offsets, *starts)
     if not shrinks:
         return best
-    sums = _Sums.of(x, w)
-    _, least = _least_squares(x, w, sums, _gen(spec, x, *best), offsets is not None, sign, scales, offsets, best)
+    fitting = _Fitting(spec, x, w, _Sums.of(x, w), scales, offsets, sign)
+    least = fitting.error(*(one[None] for one in best))[0]
     # The least weight keeps its code; the other end moves.
     hold = low if offsets is not None else 0.0
-    candidates = [(starts[0] * f, starts[1] + starts[0] * ((1 - f) * hold)) for f in shrinks]
-    for turn in range(len(candidates) + 1):
-        # In the end once more from the best; a candidate is rounded first, so that its codes are those of what is stored.
-        at = best if turn >= len(candidates) else _rounded(scales, offsets, *candidates[turn])
-        found, error = _least_squares(x, w, sums, _gen(spec, x, *at), offsets is not None, sign, scales, offsets, None)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better, found[0], best[0]), torch.where(better, found[1], best[1])
+    factors = x.new_tensor(shrinks)[:, None]
+    tries = starts[0] * factors, starts[1] + starts[0] * ((1 - factors) * hold)
+    # A candidate is rounded first, so that its codes are those of what is stored; in the end once more from the best.
+    for candidates in (_rounded(scales, offsets, *tries), None):
+        at = candidates if candidates is not None else (best[0][None], best[1][None])
+        found, errors = fitting.refined(*at)
+        for i in range(len(errors)):
+            better = errors[i] < least
+            least = torch.where(better, errors[i], least)
+            best = torch.where(better, found[0][i], best[0]), torch.where(better, found[1][i], best[1])
     return best
 
 
@@ -195,12 +197,6 @@ def _signed(xmin: torch.Tensor, xmax: torch.Tensor, extreme: float) -> tuple[tor
     return scale, torch.zeros_like(scale)
 
 
-def _gen(spec: FormatSpec, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    inverse = inverted(scale)
-    wanted = torch.addcmul(-offset * inverse, x, inverse) if isinstance(offset, torch.Tensor) else x * inverse
-    return nearest_gen(spec, wanted)
-
-
 def _rounded(
     scales: Storage, offsets: Storage | None, scale: torch.Tensor, offset: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,39 +207,53 @@ def _rounded(
     return scale, offset if offsets is None else offsets.rounded(offset)
 
 
-def _least_squares(
-    x: torch.Tensor, w: torch.Tensor | None, sums: _Sums, gen: torch.Tensor, offset: bool, sign: int, scales: Storage,
-    offsets: Storage | None, given: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:  # fmt: skip
-    """Scale s and offset o (or the ``given`` ones) that minimize e = Σ w·(x − s·gen − o)² for codes ``gen``, and e.
+@dataclass
+class _Fitting:
+    """Least squares for the groups of ``x``: the s and o that minimize e = Σ w·(x − s·gen − o)² for the codes ``gen`` of a given
+    scale and offset, for several ``[candidates, groups]`` at once.
 
     With A = Σ w·gen², B = Σ w·gen·x, C = Σ w·gen, X = Σ w·x, W = Σ w: s = (B·W − C·X)/(A·W − C²), o = (X − s·C)/W, and
     without an offset s = B/A; e = Σ w·x² − 2sB − 2oX + s²A + 2soC + o²W. An offset o = s·t with a zero point t is rounded
     to one, and s = (B + tX)/(A + 2tC + t²W).
     """
-    weighted = gen if w is None else gen * w
-    b = (weighted * x).sum(0)
-    c = weighted.sum(0) if offset else torch.zeros_like(b)
-    a = weighted.mul_(gen).sum(0) if w is not None else (gen * gen).sum(0)
-    if given is not None:
-        s, o = given
-    else:
+
+    spec: FormatSpec
+    x: torch.Tensor
+    w: torch.Tensor | None
+    sums: _Sums
+    scales: Storage
+    offsets: Storage | None
+    sign: int
+
+    def error(self, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """e of ``scale`` and ``offset`` as they are."""
+        return self._error(scale, offset, *self._moments(scale, offset))
+
+    def refined(self, scale: torch.Tensor, offset: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The best s and o for the codes of ``scale`` and ``offset``, as they are stored, and e."""
+        (b, c, a), sums = self._moments(scale, offset), self.sums
         s, o = _ratio(b, a), torch.zeros_like(b)
-        if offset:
+        if self.offsets is not None:
             free = _ratio(b * sums.total - c * sums.first, a * sums.total - c * c)
             o = (sums.first - free * c) / sums.total
-            legal = (o * sign >= 0) if sign else torch.ones_like(o, dtype=torch.bool)
+            legal = (o * self.sign >= 0) if self.sign else torch.ones_like(o, dtype=torch.bool)
             s, o = torch.where(legal, free, s), torch.where(legal, o, 0.0)
-        if offsets is not None and offsets.steps is not None:
-            t = offsets.step(o / s)
-            s = _ratio(b + t * sums.first, a + t * (2 * c + t * sums.total))
-            o = s * t
-        s, o = _rounded(scales, offsets, s, o)
-    error = sums.square - 2 * s * b + s * s * a
-    if offset:
-        error += o * (2 * (s * c - sums.first) + o * sums.total)
-    usable = torch.isfinite(s) & ((s > 0) | (scales.either_sign and not offset))
-    return (s, o), torch.where(usable, error, torch.inf)
+            if self.offsets.steps is not None:
+                t = self.offsets.step(o / s)
+                s = _ratio(b + t * sums.first, a + t * (2 * c + t * sums.total))
+                o = s * t
+        s, o = _rounded(self.scales, self.offsets, s, o)
+        return (s, o), self._error(s, o, b, c, a)
+
+    def _moments(self, scale: torch.Tensor, offset: torch.Tensor) -> Three:
+        return moments(self.spec, self.x, self.w, inverted(scale), offset if self.offsets is not None else None)
+
+    def _error(self, s: torch.Tensor, o: torch.Tensor, b: torch.Tensor, c: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        error = self.sums.square - 2 * s * b + s * s * a
+        if self.offsets is not None:
+            error += o * (2 * (s * c - self.sums.first) + o * self.sums.total)
+        usable = torch.isfinite(s) & ((s > 0) | (self.scales.either_sign and self.offsets is None))
+        return torch.where(usable, error, torch.inf)
 
 
 def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,83 @@
+"""Sums over groups of weights, which least squares for scales need, for several candidates at once.
+
+One order of addition, neighbours in pairs and then their sums in pairs, whatever computes them: PyTorch here, or the C++ of
+``codegen/include/moments.cpp``, which gives the same bits. Pairwise sums also round less (Higham 1993).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .algebra import finite_range, gen_table, linear_gen
+from .codes import cells_of, nearest_gen
+from .spec import FormatSpec
+
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the value of the code nearest to v is found: ``table[(v − low) · factor]``, or, without a table, v − ``shift`` rounded
+    to even, + ``shift``; between ``low`` and ``high``."""
+
+    low: float
+    high: float
+    shift: float = 0.0
+    factor: float = 0.0
+    table: torch.Tensor | None = None
+
+    @staticmethod
+    def of(spec: FormatSpec) -> Rounding | None:
+        """None for linear codes with a step other than 1, which only PyTorch rounds."""
+        (low, high), linear = finite_range(gen_table(spec)), linear_gen(spec)
+        if linear is None:
+            table = cells_of(spec)
+            return Rounding(0.0, len(table) - 1.0, low, (len(table) - 1) / (high - low), table)
+        return Rounding(low, high, linear[1] - round(linear[1])) if linear[0] == 1.0 else None
+
+
+Native = Callable[[Rounding, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None], Three | None]
+
+_native: list[Native] = []
+
+
+def use(native: Native) -> None:
+    """Has :func:`moments` ask ``native`` for tensors on CPUs; it gives the same bits, or None where it cannot."""
+    _native[:] = [native]
+
+
+def moments(
+    spec: FormatSpec, x: torch.Tensor, w: torch.Tensor | None, inverse: torch.Tensor, offset: torch.Tensor | None
+) -> Three:
+    """Σ w·gen·x, Σ w·gen and Σ w·gen² of each group and candidate: float32 ``[candidates, groups]``.
+
+    gen is the value of the code nearest to (x − ``offset``) · ``inverse``, both ``[candidates, groups]`` (offset None: 0), for
+    float32 ``x [groups, group]``; ``w`` of the same shape, None: 1.
+    """
+    rounding = Rounding.of(spec) if _native and x.device.type == "cpu" else None
+    found = _native[0](rounding, x, w, inverse, offset) if rounding is not None else None
+    if found is not None:
+        return found
+    columns, weights = x.t().contiguous(), None if w is None else w.t().contiguous()
+    each = [_moments(spec, columns, weights, inverse[i], None if offset is None else offset[i]) for i in range(len(inverse))]
+    return tuple(torch.stack(one) for one in zip(*each, strict=True))  # type: ignore[return-value]
+
+
+def _moments(
+    spec: FormatSpec, x: torch.Tensor, w: torch.Tensor | None, inverse: torch.Tensor, offset: torch.Tensor | None
+) -> Three:
+    gen = nearest_gen(spec, (x - offset).mul_(inverse) if offset is not None else x * inverse)
+    weighted = gen if w is None else gen * w
+    return total(weighted * x), total(weighted), total(weighted * gen)
+
+
+def total(terms: torch.Tensor) -> torch.Tensor:
+    """Σ over dimension 0, in pairs of neighbours, then pairs of these."""
+    while len(terms) > 1:
+        even = len(terms) // 2 * 2
+        pairs = terms[0:even:2] + terms[1:even:2]
+        terms = pairs if even == len(terms) else torch.cat([pairs, terms[even:]])
+    return terms[0]
