@@ -56,13 +56,14 @@ def _aten_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | 
 
 
 def _matmul(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K] · weight [N, K]ᵀ + bias. A weight that is used the other way around is decoded first."""
+    """x [..., K] · weight [N, K]ᵀ + bias. A weight that is used the other way around is decoded chunk by chunk."""
     n, k = weight.nk
     if x.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"linear: input has {x.shape[-1]} features, the {weight.scheme.label} weight is "
                            f"{list(weight.shape)} and takes {weight.shape[1]}")  # fmt: skip
     if weight.transposed:
-        return F.linear(x, weight.dequantize().to(x.dtype), bias)
+        product = ops.linear_grad(x, weight.planes, weight.key, n, k)
+        return product if bias is None else (product + bias).to(x.dtype)
     return ops.linear(x, weight.planes, bias, weight.key, n)
 
 
