@@ -27,10 +27,11 @@ from .attention import rewrite
 from .calibrate import GPTQ, rounded
 from .convert import Conversion
 from .discover import attention_of, discover
-from .notices import GRAD, note_failure, some, warn_of_fallback, warn_of_grad, warn_of_nearest, warn_of_uncalibrated
+from .notices import GRAD, TRAINED, note_failure, some, warn_of_fallback, warn_of_grad, warn_of_nearest, warn_of_uncalibrated
 from .picture import picture
 from .records import each, kernel_name, packed_record, recording
 from .siblings import siblings
+from .trained import tunes, why_left
 from .walk import Weight
 
 ATTENTION_GRAD = "attention in low precision has no backward; call under torch.no_grad()"
@@ -63,6 +64,7 @@ class Compilation:
         self.root = self.owners.root(self.parameters[0]) if self.parameters else None
         self.recorder = recorder or recorder_of(self.root)
         self.sites = discover(gm, example_inputs, self.owners.name)
+        self.recorder.tunes |= tunes(self.sites, self.values, self.root, self.recorder)
         self.device = _device(self.values.values())
         self.target = target.of(self.device)
         self.recorder.policy = options.policy.resolved(self.target)
@@ -90,7 +92,7 @@ class Compilation:
         if self.root is not None:
             owned = [self.owners.slots[id(v)][0] for v in self.parameters]
             for sibling in siblings(self.owners, self.root, owned):
-                self._decide([sibling.rename(s) for s in loose], found)
+                self._decide([self._of_sibling(sibling.rename(s)) for s in loose], found)
         if self.options.calibration is not None:
             found = self._as_calibrated(found, self.options.calibration)
         if self.options.rounding == "gptq":
@@ -160,6 +162,8 @@ class Compilation:
             self.recorder.add(Record.of(decision, kernel))  # a conversion will replace it by what it measured
             if decision.scheme is None or parameter is None:
                 continue
+            if parameter.requires_grad:
+                self.recorder.unfrozen.add(decision.site.parameter or "")
             done = recording(self.recorder, decision, self.rounding)
             if (earlier := found.get(id(parameter))) is not None:
                 looked_up = earlier.looked_up or not decision.site.is_linear
@@ -227,14 +231,21 @@ class Compilation:
         value = self.values.get(site.weight) if site.weight else None
         if site.unsupported is not None or not isinstance(value, torch.Tensor):
             return site
-        reason = None
         if isinstance(value, torch._subclasses.FakeTensor):
-            reason = "the weight is a fake tensor; pack the model with qcompile.quantize_ before tracing it"
+            reason: str | None = "the weight is a fake tensor; pack the model with qcompile.quantize_ before tracing it"
         elif id(value) not in self.owners.slots:
             reason = "the weight is not a parameter of any module, so it cannot be exchanged for a packed one"
-        elif value.requires_grad and torch.is_grad_enabled():
-            reason = GRAD
+        else:
+            reason = why_left(value, self.recorder)
         return dataclasses.replace(site, unsupported=reason)
+
+    def _of_sibling(self, site: Site) -> Site:
+        """A sibling's ``site``: whether its own weight is trained decides, not that of the graph."""
+        slots = self._slots(site)
+        parameter = slots[0].get() if slots else None
+        if parameter is None or site.unsupported not in (None, GRAD, TRAINED):
+            return site
+        return dataclasses.replace(site, unsupported=why_left(parameter, self.recorder))
 
     def _needs_grad(self) -> bool:
         tensors = (v for v in self.values.values() if isinstance(v, torch.Tensor))
