@@ -23,11 +23,12 @@ from qcompile.recorder import Recorder, recorder_of
 from qcompile.report import Picture
 from qcompile.tensor import QuantizedTensor
 
+from . import notices
 from .attention import rewrite
 from .calibrate import GPTQ, rounded
 from .convert import Conversion
 from .discover import attention_of, discover
-from .notices import GRAD, TRAINED, note_failure, some, warn_of_fallback, warn_of_grad, warn_of_nearest, warn_of_uncalibrated
+from .inline import inlined
 from .picture import picture
 from .records import each, kernel_name, packed_record, recording
 from .siblings import siblings
@@ -56,14 +57,14 @@ class Compilation:
         recorder: Recorder | None = None,
         owners: Owners | None = None,
     ) -> None:
-        self.gm, self.options = gm, options
+        self.gm, self.flat, self.options = gm, inlined(gm), options
         fitted = options.rounding == "gptq" or options.calibration is not None
         self.rounding: dict[str, str] | None = {} if fitted else None
         self.owners = owners or Owners()
         self.look_at(example_inputs)
         self.root = self.owners.root(self.parameters[0]) if self.parameters else None
         self.recorder = recorder or recorder_of(self.root)
-        self.sites = discover(gm, example_inputs, self.owners.name)
+        self.sites = discover(self.flat, example_inputs, self.owners.name)
         self.recorder.tunes |= tunes(self.sites, self.values, self.root, self.recorder)
         self.device = _device(self.values.values())
         self.target = target.of(self.device)
@@ -83,7 +84,7 @@ class Compilation:
         """
         loose = [self._restricted(s) for s in self.sites if not self._is_packed(s)]
         self._check_rules()
-        warn_of_grad(loose)
+        notices.warn_of_grad(loose)
         self.recorder.add(*(self._record_packed(s) for s in self.sites if self._is_packed(s)))
         found: dict[int, Conversion] = {}
         self._decide(loose, found)
@@ -96,7 +97,7 @@ class Compilation:
         if self.options.calibration is not None:
             found = self._as_calibrated(found, self.options.calibration)
         if self.options.rounding == "gptq":
-            warn_of_nearest([c.layer for c in found.values() if c.packed is None and not c.looked_up])
+            notices.warn_of_nearest([c.layer for c in found.values() if c.packed is None and not c.looked_up])
         if self.options.strict:
             self.recorder.plan.require_all()
         return list(found.values())
@@ -128,10 +129,10 @@ class Compilation:
                 for_key(key, self.device.type)
         except KernelBuildError as error:
             if self.options.fallback == "error":
-                raise KernelBuildError(f"no kernel for {scheme.label}, which {len(layers)} layers need ({some(layers)}); leave "
-                                       f"them by a rule with the value 'float', or by fallback='float'.\n{error}") from error
+                raise KernelBuildError(f"no kernel for {scheme.label}, which {len(layers)} layers need ({notices.some(layers)}); "
+                                       f"leave them by a rule of value 'float', or by fallback='float'.\n{error}") from error
             self.recorder.failures[key] = f"its kernel cannot be built: {str(error).splitlines()[0]}"
-            warn_of_fallback(layers, self.recorder.failures[key])
+            notices.warn_of_fallback(layers, self.recorder.failures[key])
             return False
         return True
 
@@ -147,7 +148,7 @@ class Compilation:
 
     def picture(self) -> Picture:
         """The graph as plain data."""
-        return picture(self.gm, self.sites, self.values, self.owners.name)
+        return picture(self.flat, self.sites, self.values, self.owners.name)
 
     def _decide(self, sites: list[Site], found: dict[int, Conversion]) -> None:
         """Asks the policy about float ``sites``; adds to ``found``, by parameter, what it wants packed."""
@@ -188,7 +189,7 @@ class Compilation:
         """What to do when a weight cannot be packed; None: raise."""
         if self.options.fallback == "error" or site.parameter is None:
             return None
-        return functools.partial(note_failure, self.recorder, site.parameter, site.name)
+        return functools.partial(notices.note_failure, self.recorder, site.parameter, site.name)
 
     def _calibrated(self, found: dict[int, Conversion]) -> dict[int, Conversion]:
         """The conversions of this graph's weights, as GPTQ rounds them on the inputs of the call."""
@@ -199,7 +200,7 @@ class Compilation:
         weights = {name: Weight(self.owners.name(self.values[name]) or name, c.layer, c.scheme, c.transposed, self.values[name])
                    for name, c in here.items() if not c.looked_up}  # fmt: skip
         made: dict[int, Conversion] = {}
-        for name, result in rounded(self.gm, self.example_inputs, weights).items():
+        for name, result in rounded(self.flat, self.example_inputs, weights).items():
             parameter = self.values[name]
             said = f"rounded to nearest: {result}" if isinstance(result, str) else GPTQ
             self.rounding[self.owners.name(parameter) or ""] = said
@@ -221,7 +222,7 @@ class Compilation:
             self.rounding[name] = entry.said if entry is not None else f"rounded to nearest: {NOT_CALIBRATED}"
             if not value.is_meta:
                 made[at] = dataclasses.replace(conversion, packed=calibration.packed_for(name, value, conversion.transposed))
-        warn_of_uncalibrated(left)
+        notices.warn_of_uncalibrated(left)
         return made
 
     def _restricted(self, site: Site) -> Site:
@@ -243,13 +244,14 @@ class Compilation:
         """A sibling's ``site``: whether its own weight is trained decides, not that of the graph."""
         slots = self._slots(site)
         parameter = slots[0].get() if slots else None
-        if parameter is None or site.unsupported not in (None, GRAD, TRAINED):
+        if parameter is None or site.unsupported not in (None, notices.GRAD, notices.TRAINED):
             return site
         return dataclasses.replace(site, unsupported=why_left(parameter, self.recorder))
 
     def _needs_grad(self) -> bool:
+        """Whether a backward pass may come: of attention, whose checkpoints are not looked into for anything else."""
         tensors = (v for v in self.values.values() if isinstance(v, torch.Tensor))
-        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return self.flat is not self.gm or torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     def _is_packed(self, site: Site) -> bool:
         return site.weight is not None and isinstance(self.values.get(site.weight), QuantizedTensor)

@@ -191,7 +191,7 @@ def _float(value: Any) -> Any:
 def _set_data(w: QuantizedTensor, value: torch.Tensor) -> None:
     """``w.data = value``: takes the planes of a packed tensor of this class; packs floats of this shape."""
     if value.shape != w.shape or not value.is_floating_point():
-        raise UnsupportedOnTensorError(f".data of a {list(w.shape)} weight packed as {w.scheme.label} takes floats of this shape, "
+        raise UnsupportedOnTensorError(f".data of a {w.scheme.label} weight {list(w.shape)} takes floats of its shape, "
                                        f"found {value.dtype} {list(value.shape)}; make a new parameter")  # fmt: skip
     made = value if type(value) is type(w) else w.with_planes(_packed_as(w, _float(value)), dtype=value.dtype)
     with torch._C.DisableTorchFunctionSubclass():

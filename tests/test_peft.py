@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import training
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,10 +21,10 @@ from qcompile.tensor import QuantizedTensor
 
 peft = pytest.importorskip("peft")
 
-SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96}  # fmt: skip
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(3))
-MATRICES = 2 * 7 + 1
+MATRICES = 7 + 1
 
 
 @pytest.fixture(autouse=True)
@@ -67,11 +69,10 @@ def test_one_line_trains_adapters_over_packed_layers() -> None:
     assert len(packed(model)) == MATRICES and not any("lora_" in name for name in packed(model))
     assert len(trained(model)) == 2 * (MATRICES - 1) and all(p.grad is not None for p in trained(model).values())
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    own = {name: p.grad.clone() for name, p in trained(model).items()}
-    model.zero_grad()
-    loss_of(model).backward()  # eager, over the same packed weights
-    for name, p in trained(model).items():
-        assert (p.grad - own[name]).norm() <= 1e-4 * own[name].norm()
+    eager = copy.deepcopy(model)
+    eager.zero_grad()
+    loss_of(eager).backward()
+    assert_same_gradients(model, eager)
 
 
 def test_roles_are_those_of_the_layers_below_adapters() -> None:
@@ -80,7 +81,7 @@ def test_roles_are_those_of_the_layers_below_adapters() -> None:
              "mlp.down_proj": "int5_g32", "lm_head": "float"}  # fmt: skip
     loss_of(compiled(model, roles)).backward()
     parameters = dict(model.named_parameters())
-    for i in (0, 1):
+    for i in (0,):
         for role, policy in roles.items():
             part, _, name = role.rpartition(".")
             if not part:
@@ -141,19 +142,35 @@ def test_adapters_are_saved_and_loaded_over_a_packed_model(tmp_path: Path) -> No
     assert len(packed(loaded)) == MATRICES
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant: bool) -> None:
+def test_gradient_checkpointing_in_one_graph() -> None:
+    """The hook that transformers adds for reentrant checkpoints would break the graph; others do without it."""
     plain, model = adapted(llama()), adapted(llama())
-    loss_of(compiled(plain)).backward()
-    torch._dynamo.reset()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    model.train()
-    loss_of(compiled(model)).backward()
-    assert len(packed(model)) == MATRICES
-    for name, p in trained(plain).items():
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+    loss_of(compiled(model.train())).backward()
+    assert len(packed(model)) == MATRICES and not counters["graph_break"]
+    qcompile.quantize_(plain, IDS, policy="int8")
+    loss_of(plain).backward()
+    assert_same_gradients(model, plain)
+
+
+def test_gradient_checkpointing_over_breaks() -> None:
+    """Dynamo leaves checkpoints outside a graph to eager PyTorch: weights that were packed before serve there too."""
+    plain, model = adapted(llama()), adapted(llama())
+    for each in (plain, model):
+        qcompile.quantize_(each, IDS, policy="int8")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    loss_of(compiled(model.train())).backward()
+    assert counters["graph_break"]
+    loss_of(plain).backward()
+    assert_same_gradients(model, plain)
+
+
+def assert_same_gradients(model: nn.Module, other: nn.Module) -> None:
+    assert trained(model).keys() == trained(other).keys()
+    for name, p in trained(other).items():
         grad = trained(model)[name].grad
-        assert grad is not None and (grad - p.grad).norm() <= 1e-4 * p.grad.norm()
+        assert grad is not None and (grad - p.grad).norm() <= 1e-4 * p.grad.norm(), name
 
 
 def test_models_prepared_for_training_in_few_bits() -> None:
@@ -172,7 +189,7 @@ def test_magnitudes_of_dora_are_trained() -> None:
     qcompile.quantize_(base, IDS, policy="int8")
     model = adapted(base, ["q_proj", "down_proj"], use_dora=True)
     loss_of(model).backward()
-    assert all(p.grad is not None for p in trained(model).values()) and len(trained(model)) == 12
+    assert all(p.grad is not None for p in trained(model).values()) and len(trained(model)) == 6
 
 
 def test_starts_that_change_the_weight_are_refused() -> None:
@@ -186,30 +203,26 @@ def test_starts_that_change_the_weight_are_refused() -> None:
 @pytest.mark.parametrize("policy", ["nf4", "int4_g32"])
 def test_the_trained_decoder_learns_as_over_floats(policy: str) -> None:
     """Another text (its capitals): the loss falls, to within 2 % of the float model's."""
-    ids = _capitals()
-
-    def learn(model: nn.Module) -> tuple[float, float]:
-        model = adapted(model, ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"], r=8, init_lora_weights=True)
-        optimizer = torch.optim.AdamW(trained(model).values(), 4e-3, fused=True)
-        with torch.no_grad():
-            start = float(loss_of(model, ids[-8:]))
-        for step in range(24):
-            loss_of(model, ids[4 * step : 4 * step + 4]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            return start, float(loss_of(model, ids[-8:]))
-
-    start, exact = learn(models.trained_decoder()[0])
-    base = models.trained_decoder()[0]
-    qcompile.quantize_(base, ids[:1], policy=policy)
-    _, found = learn(base)
+    start, exact = learnt("float")
+    _, found = learnt(policy)
     assert exact < 0.9 * start
     assert found <= 1.02 * exact, (start, exact, found)
 
 
-def _capitals() -> torch.Tensor:
-    import training
-
-    _, tokenizer, text = models.trained_decoder()
-    return training.encode(tokenizer, [text[:60000].upper()])[: 110 * 96].view(110, 96)
+@functools.cache
+def learnt(policy: str) -> tuple[float, float]:
+    """Loss before and after 24 steps, on text that they do not see."""
+    model, tokenizer, text = models.trained_decoder()
+    ids = training.encode(tokenizer, [text[:60000].upper()])[: 104 * 96].view(104, 96)
+    if policy != "float":
+        qcompile.quantize_(model, ids[:1], policy=policy)
+    model = adapted(model, ["q_proj", "v_proj", "gate_proj", "down_proj"], r=8, init_lora_weights=True)
+    optimizer = torch.optim.AdamW(trained(model).values(), 4e-3, fused=True)
+    with torch.no_grad():
+        start = float(loss_of(model, ids[-8:]))
+    for step in range(24):
+        loss_of(model, ids[4 * step : 4 * step + 4]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return start, float(loss_of(model, ids[-8:]))
