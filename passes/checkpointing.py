@@ -4,43 +4,59 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
-from torch import fx
-from torch.fx import Node
+import torch
+from torch.fx import Graph, GraphModule, Node
 
-OPERATOR = "tag_activation_checkpoint"
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
-def bodies(gm: fx.GraphModule) -> Iterator[tuple[Node, fx.GraphModule]]:
+def bodies(gm: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
     """Every call of a checkpoint with its graph, whose placeholders take the call's arguments after the first."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "__name__", "") == OPERATOR:
+        if node.target is CHECKPOINT:
             body = getattr(gm, str(node.args[0].target))
             if len(body.graph.find_nodes(op="placeholder")) == len(node.args) - 1:
                 yield node, body
 
 
-def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """``gm`` with a graph of its own, whose nodes have the same names."""
-    graph = fx.Graph()
+def inlined(gm: GraphModule) -> GraphModule:
+    """``gm`` with the nodes of each checkpoint in place of it; ``gm`` itself if it has none. Placeholders keep their names.
+
+    A checkpoint whose graph holds tensors of its own stays closed.
+    """
+    if not any(_body(gm, node) for node in gm.graph.nodes):
+        return gm
+    graph = Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    return fx.GraphModule(gm, graph)
+    return inline(GraphModule(gm, graph))
 
 
-def inline(gm: fx.GraphModule) -> fx.GraphModule:
-    """Puts the nodes of checkpoints, and of those inside them, in their places: nothing is recomputed then. Changes ``gm``."""
-    for call, body in list(bodies(gm)):
-        body = inline(copied(body))
-        placeholders = body.graph.find_nodes(op="placeholder")
-        values: dict[Node, Node] = dict(zip(placeholders, call.args[1:], strict=True))  # type: ignore[arg-type]
+def inline(gm: GraphModule) -> GraphModule:
+    """Puts the nodes of checkpoints in place of them in ``gm`` itself, which it returns: nothing is recomputed then."""
+    for call in list(gm.graph.nodes):
+        if (body := _body(gm, call)) is None:
+            continue
+        inputs: dict[Node, Node] = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[1:], strict=True))
         with gm.graph.inserting_before(call):
-            results = gm.graph.graph_copy(body.graph, values)
+            results: Any = gm.graph.graph_copy(body.graph, inputs)
         if isinstance(results, Node):
             call.replace_all_uses_with(results)
         for user in list(call.users):
             assert user.target is operator.getitem
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index, arg-type]
+            user.replace_all_uses_with(results[user.args[1]])
             gm.graph.erase_node(user)
         gm.graph.erase_node(call)
     gm.recompile()
     return gm
+
+
+def _body(gm: GraphModule, node: Node) -> GraphModule | None:
+    """The graph of a checkpoint, those in it inlined; None for other nodes and for closed ones."""
+    if node.target is not CHECKPOINT or not all(isinstance(a, Node) for a in node.args):
+        return None
+    first: Any = node.args[0]
+    body = inlined(getattr(gm, first.target))
+    closed = any(n.op == "get_attr" for n in body.graph.nodes if n.users)
+    return None if closed else body

@@ -9,6 +9,9 @@ from qcompile.recorder import Recorder
 
 GRAD = "the weight requires grad in grad mode; call under torch.no_grad(), or model.requires_grad_(False)"
 
+TRAINED = ("it requires grad beside frozen weights, so it is trained and stays in floating point; after requires_grad_(False) it "
+           "is packed")  # fmt: skip
+
 
 def warn_of_grad(sites: list[Site]) -> None:
     """A forgotten ``no_grad`` must not look like a model that was quantized."""

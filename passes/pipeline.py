@@ -23,15 +23,17 @@ from qcompile.recorder import Recorder, recorder_of
 from qcompile.report import Picture
 from qcompile.tensor import QuantizedTensor
 
+from . import notices
 from .attention import rewrite
 from .calibrate import GPTQ, rounded
+from .checkpointing import inlined
 from .convert import Conversion
 from .discover import attention_of, discover
-from .notices import GRAD, note_failure, some, warn_of_fallback, warn_of_grad, warn_of_nearest, warn_of_uncalibrated
 from .picture import picture
 from .qat import Training
 from .records import each, kernel_name, packed_record, recording
 from .siblings import siblings
+from .trained import tunes, why_left
 from .walk import Weight
 
 ATTENTION_GRAD = "attention in low precision has no backward; call under torch.no_grad()"
@@ -56,15 +58,16 @@ class Compilation:
         recorder: Recorder | None = None,
         owners: Owners | None = None,
     ) -> None:
-        self.gm, self.options = gm, options
-        self.training = Training(gm, options.qat)
+        self.gm, self.flat, self.options = gm, inlined(gm), options
+        self.training = Training(gm, self.flat, options.qat)
         fitted = options.rounding == "gptq" or options.calibration is not None
         self.rounding: dict[str, str] | None = {} if fitted else None
         self.owners = owners or Owners()
         self.look_at(example_inputs)
         self.root = self.owners.root(self.parameters[0]) if self.parameters else None
         self.recorder = recorder or recorder_of(self.root)
-        self.sites = discover(self.training.flat, self.example_inputs, self.owners.name)
+        self.sites = discover(self.flat, self.example_inputs, self.owners.name)
+        self.recorder.tunes |= tunes(self.sites, self.values, self.root, self.recorder)
         self.device = _device(self.values.values())
         self.target = target.of(self.device)
         self.recorder.policy = options.policy.resolved(self.target)
@@ -84,7 +87,7 @@ class Compilation:
         """
         loose = [self._restricted(s) for s in self.sites if not self._is_packed(s)]
         self._check_rules()
-        warn_of_grad(loose)
+        notices.warn_of_grad(loose)
         self.recorder.add(*(self._record_packed(s) for s in self.sites if self._is_packed(s)))
         found: dict[int, Conversion] = {}
         self._decide(loose, found)
@@ -93,13 +96,13 @@ class Compilation:
         if self.root is not None:
             owned = [self.owners.slots[id(v)][0] for v in self.parameters]
             for sibling in siblings(self.owners, self.root, owned):
-                renamed = [sibling.rename(s) for s in loose]
+                renamed = [self._of_sibling(sibling.rename(s)) for s in loose]
                 self._decide(renamed, found)
                 self.training.check_siblings(loose, renamed)
         if self.options.calibration is not None:
             found = self._as_calibrated(found, self.options.calibration)
         if self.options.rounding == "gptq":
-            warn_of_nearest([c.layer for c in found.values() if c.packed is None and not c.looked_up])
+            notices.warn_of_nearest([c.layer for c in found.values() if c.packed is None and not c.looked_up])
         if self.options.strict:
             self.recorder.plan.require_all()
         return list(found.values())
@@ -131,10 +134,10 @@ class Compilation:
                 for_key(key, self.device.type)
         except KernelBuildError as error:
             if self.options.fallback == "error":
-                raise KernelBuildError(f"no kernel for {scheme.label}, which {len(layers)} layers need ({some(layers)}); leave "
-                                       f"them by a rule with the value 'float', or by fallback='float'.\n{error}") from error
+                raise KernelBuildError(f"no kernel for {scheme.label}, which {len(layers)} layers need ({notices.some(layers)}); "
+                                       f"leave them by a rule of value 'float', or by fallback='float'.\n{error}") from error
             self.recorder.failures[key] = f"its kernel cannot be built: {str(error).splitlines()[0]}"
-            warn_of_fallback(layers, self.recorder.failures[key])
+            notices.warn_of_fallback(layers, self.recorder.failures[key])
             return False
         return True
 
@@ -154,7 +157,7 @@ class Compilation:
 
     def picture(self) -> Picture:
         """The graph as plain data."""
-        return picture(self.training.flat, self.sites, self.values, self.owners.name)
+        return picture(self.flat, self.sites, self.values, self.owners.name)
 
     def _decide(self, sites: list[Site], found: dict[int, Conversion]) -> None:
         """Asks the policy about float ``sites``; adds to ``found``, by parameter, what it wants packed."""
@@ -172,6 +175,8 @@ class Compilation:
             self.recorder.add(Record.of(decision, kernel))  # a conversion will replace it by what it measured
             if decision.scheme is None or parameter is None:
                 continue
+            if parameter.requires_grad:
+                self.recorder.unfrozen.add(decision.site.parameter or "")
             done = recording(self.recorder, decision, self.rounding)
             if (earlier := found.get(id(parameter))) is not None:
                 looked_up = earlier.looked_up or not decision.site.is_linear
@@ -196,7 +201,7 @@ class Compilation:
         """What to do when a weight cannot be packed; None: raise."""
         if self.options.fallback == "error" or site.parameter is None:
             return None
-        return functools.partial(note_failure, self.recorder, site.parameter, site.name)
+        return functools.partial(notices.note_failure, self.recorder, site.parameter, site.name)
 
     def _calibrated(self, found: dict[int, Conversion]) -> dict[int, Conversion]:
         """The conversions of this graph's weights, as GPTQ rounds them on the inputs of the call."""
@@ -207,7 +212,7 @@ class Compilation:
         weights = {name: Weight(self.owners.name(self.values[name]) or name, c.layer, c.scheme, c.transposed, self.values[name])
                    for name, c in here.items() if not c.looked_up}  # fmt: skip
         made: dict[int, Conversion] = {}
-        for name, result in rounded(self.gm, self.example_inputs, weights).items():
+        for name, result in rounded(self.flat, self.example_inputs, weights).items():
             parameter = self.values[name]
             said = f"rounded to nearest: {result}" if isinstance(result, str) else GPTQ
             self.rounding[self.owners.name(parameter) or ""] = said
@@ -229,7 +234,7 @@ class Compilation:
             self.rounding[name] = entry.said if entry is not None else f"rounded to nearest: {NOT_CALIBRATED}"
             if not value.is_meta:
                 made[at] = dataclasses.replace(conversion, packed=calibration.packed_for(name, value, conversion.transposed))
-        warn_of_uncalibrated(left)
+        notices.warn_of_uncalibrated(left)
         return made
 
     def _restricted(self, site: Site) -> Site:
@@ -239,20 +244,30 @@ class Compilation:
         value = self.values.get(site.weight) if site.weight else None
         if site.unsupported is not None or not isinstance(value, torch.Tensor):
             return site
-        reason = None
         if isinstance(value, torch._subclasses.FakeTensor):
-            reason = "the weight is a fake tensor; pack the model with qcompile.quantize_ before tracing it"
+            reason: str | None = "the weight is a fake tensor; pack the model with qcompile.quantize_ before tracing it"
         elif id(value) not in self.owners.slots:
             reason = "the weight is not a parameter of any module, so it cannot be exchanged for a packed one"
-        elif self.training.takes(value):
-            reason = self.training.why_not(value)
-        elif value.requires_grad and torch.is_grad_enabled():
-            reason = GRAD
+        else:
+            reason = self._why_left(value)
         return dataclasses.replace(site, unsupported=reason)
 
+    def _of_sibling(self, site: Site) -> Site:
+        """A sibling's ``site``: whether its own weight is trained decides, not that of the graph."""
+        slots = self._slots(site)
+        parameter = slots[0].get() if slots else None
+        if parameter is None or site.unsupported not in (None, notices.GRAD, notices.TRAINED):
+            return site
+        return dataclasses.replace(site, unsupported=self._why_left(parameter))
+
+    def _why_left(self, parameter: torch.Tensor) -> str | None:
+        """Why a weight stays in floating point whatever the policy says: it is trained."""
+        return self.training.why_not(parameter) if self.training.takes(parameter) else why_left(parameter, self.recorder)
+
     def _needs_grad(self) -> bool:
+        """Whether a backward pass may come: of attention, whose checkpoints are not looked into for anything else."""
         tensors = (v for v in self.values.values() if isinstance(v, torch.Tensor))
-        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return self.flat is not self.gm or torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     def _is_packed(self, site: Site) -> bool:
         return site.weight is not None and isinstance(self.values.get(site.weight), QuantizedTensor)

@@ -18,7 +18,7 @@ from qcompile.formats import register_scheme
 from qcompile.owners import Owners
 from qcompile.plan import Decision, Record, Site
 
-from .checkpointing import bodies, copied, inline
+from .checkpointing import bodies, inline
 from .trace import example, op_name, operand
 from .vocabulary import MULTI_HEAD, SHAPE_QUERIES, WEIGHT_OPERANDS
 from .walk import products
@@ -42,10 +42,8 @@ class Trained:
 class Training:
     """The weights of one graph that are trained under ``options={"qat": True}``; none where that is off."""
 
-    def __init__(self, gm: fx.GraphModule, on: bool) -> None:
-        self.gm, self.on = gm, on
-        self.flat = inline(copied(gm)) if on and any(bodies(gm)) else gm
-        """The graph with the bodies of checkpoints in place: where sites are looked for."""
+    def __init__(self, gm: fx.GraphModule, flat: fx.GraphModule, on: bool) -> None:
+        self.gm, self.flat, self.on = gm, flat, on
         self._decisions: dict[str | None, Decision] = {}
         self._inside = {n.name for node in self.flat.graph.nodes if op_name(node) == MULTI_HEAD for n in node.all_input_nodes}
 

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from . import kernels
+from .formats import Scheme, register_scheme, scheme_of
+from .gradient import times_weight
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor[] planes, Tensor? bias, str scheme, int n) -> Tensor")
+_library.define("linear_grad(Tensor grad, Tensor[] planes, str scheme, int n, int k) -> Tensor")
 _library.define("rows(Tensor[] planes, Tensor indices, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _library.define("decode(Tensor[] planes, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _library.define("kv_write(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor k, Tensor v, Tensor start, Tensor? table, "
@@ -32,6 +35,10 @@ def _linear(
     x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, scheme: str, n: int
 ) -> torch.Tensor:
     return kernels.for_key(scheme, x.device.type).linear(x, planes, bias, n)
+
+
+def _linear_grad(grad: torch.Tensor, planes: Sequence[torch.Tensor], scheme: str, n: int, k: int) -> torch.Tensor:
+    return times_weight(grad, planes, scheme, n, k)
 
 
 def _decode(planes: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -77,6 +84,7 @@ for _device in ("CPU", "CUDA"):
     _library.impl("attend", _attend, _device)
     _library.impl("sdpa", _sdpa, _device)
     _library.impl("linear", _linear, _device)
+    _library.impl("linear_grad", _linear_grad, _device)
     _library.impl("rows", _rows, _device)
     _library.impl("decode", _decode, _device)
 
@@ -86,6 +94,11 @@ def _linear_fake(
     x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, scheme: str, n: int
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("qcompile::linear_grad")
+def _linear_grad_fake(grad: torch.Tensor, planes: Sequence[torch.Tensor], scheme: str, n: int, k: int) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:-1], k))
 
 
 @torch.library.register_fake("qcompile::rows")
@@ -119,24 +132,38 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, planes, bias, scheme, n = inputs
     ctx.save_for_backward(*planes)
     ctx.scheme, ctx.n, ctx.k = scheme, n, x.shape[-1]
-    ctx.bias_shape = None if bias is None else bias.shape
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    """Gradients of x (grad · W, W decoded in grad's dtype) and of the bias; packed weights have none."""
+    """Gradients of x (grad · W, see :func:`~qcompile.gradient.times_weight`) and of the bias; packed weights have none."""
     planes = list(ctx.saved_tensors)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.qcompile.decode(planes, ctx.scheme, ctx.n, ctx.k, grad.dtype)
-        grad_x = grad @ weight
-    if ctx.bias_shape is not None and ctx.needs_input_grad[2]:
-        grad_bias = grad.reshape(-1, ctx.n).sum(0)
+        grad_x = linear_grad(grad, planes, ctx.scheme, ctx.n, ctx.k)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        grad_bias = grad.reshape(-1, ctx.n).sum(0, dtype=ctx.bias_dtype)
     return grad_x, [None] * len(planes), grad_bias, None, None
 
 
+def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, planes, scheme, n, _ = inputs
+    ctx.save_for_backward(*planes)
+    ctx.scheme, ctx.n = scheme, n
+
+
+def _linear_grad_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """Of second order: grad · W is linear in grad, so what arrives is multiplied as inputs are that nobody quantizes."""
+    planes = list(ctx.saved_tensors)
+    exact = register_scheme(Scheme(scheme_of(ctx.scheme).format))
+    return linear(grad, planes, None, exact, ctx.n), [None] * len(planes), None, None, None
+
+
 torch.library.register_autograd("qcompile::linear", _linear_backward, setup_context=_save)
+torch.library.register_autograd("qcompile::linear_grad", _linear_grad_backward, setup_context=_save_grad)
 
 linear = torch.ops.qcompile.linear.default
+linear_grad = torch.ops.qcompile.linear_grad.default
 rows = torch.ops.qcompile.rows.default
 decode = torch.ops.qcompile.decode.default
 kv_write = torch.ops.qcompile.kv_write.default

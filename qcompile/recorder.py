@@ -16,9 +16,12 @@ from .report import Picture
 class Recorder:
     """Collects the records of all graphs of one model into one :class:`~qcompile.plan.Plan`, and pictures of the ``graphs``;
     ``policy`` is the one that decided last. ``failures`` says by a parameter's name or a scheme's key why it is left in
-    floating point whatever the policy says."""
+    floating point whatever the policy says. ``tunes``: some weights of the model are trained while others are frozen;
+    ``unfrozen``: names of the parameters that required grad when they were packed."""
 
     def __init__(self) -> None:
+        self.tunes = False
+        self.unfrozen: set[str] = set()
         self.plan = Plan()
         self.policy: Policy | None = None
         self.failures: dict[str, str] = {}

@@ -56,20 +56,21 @@ def _aten_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | 
 
 
 def _matmul(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K] · weight [N, K]ᵀ + bias. A weight that is used the other way around is decoded first."""
+    """x [..., K] · weight [N, K]ᵀ + bias. A weight that is used the other way around is decoded chunk by chunk."""
     n, k = weight.nk
     if x.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"linear: input has {x.shape[-1]} features, the {weight.scheme.label} weight is "
                            f"{list(weight.shape)} and takes {weight.shape[1]}")  # fmt: skip
     if weight.transposed:
-        return F.linear(x, weight.dequantize().to(x.dtype), bias)
+        product = ops.linear_grad(x, weight.planes, weight.key, n, k)
+        return product if bias is None else (product + bias).to(x.dtype)
     return ops.linear(x, weight.planes, bias, weight.key, n)
 
 
 @_implements(ATEN, aten.mm.default, aten.matmul.default)
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if isinstance(a, QuantizedTensor):
-        return a.dequantize() @ (b.dequantize() if isinstance(b, QuantizedTensor) else b)
+        return a.dequantize() @ _float(b)
     assert isinstance(b, QuantizedTensor)
     return _matmul(a, _transpose(b))
 
@@ -147,19 +148,63 @@ def _copy_(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> 
     if type(src) is type(dst):
         planes = src.planes  # type: ignore[attr-defined]
     else:
-        floats = (src.dequantize() if isinstance(src, QuantizedTensor) else src).to(dst.device)
-        planes = reference.quantize(dst.scheme.format, floats.t() if dst.transposed else floats)
+        planes = _packed_as(dst, _float(src).to(dst.device))
     for mine, theirs in zip(dst.planes, planes, strict=True):
         mine.copy_(theirs, non_blocking)
     return dst
+
+
+def _packed_as(w: QuantizedTensor, floats: torch.Tensor) -> list[torch.Tensor]:
+    """Planes of ``floats``, rounded to nearest in the format of ``w`` under its factors for columns."""
+    spec = w.scheme.format
+    matrix = floats.t() if w.transposed else floats
+    return reference.quantize(spec, matrix, factors=w.planes[-1] if spec.scaled else None)
+
+
+@_implements(ATEN, aten.add_.Tensor)
+def _add_(w: torch.Tensor, other: Any, *, alpha: float = 1) -> torch.Tensor:
+    """Packs the sum again, as merging an adapter asks: what is less than half a step of the format may be lost."""
+    return _copy_(w, _sum(w, other, alpha=alpha)) if isinstance(w, QuantizedTensor) else w.add_(_float(other), alpha=alpha)
+
+
+@_implements(ATEN, aten.sub_.Tensor)
+def _sub_(w: torch.Tensor, other: Any, *, alpha: float = 1) -> torch.Tensor:
+    return _add_(w, other, alpha=-alpha)
+
+
+@_implements(ATEN, aten.add.Tensor)
+def _sum(a: Any, b: Any, *, alpha: float = 1) -> torch.Tensor:
+    """A float tensor."""
+    return torch.add(_float(a), _float(b), alpha=alpha)
+
+
+@_implements(FUNCTIONS, torch.isfinite)
+def _isfinite(w: QuantizedTensor) -> torch.Tensor:
+    return torch.isfinite(w.dequantize())
+
+
+def _float(value: Any) -> Any:
+    return value.dequantize() if isinstance(value, QuantizedTensor) else value
+
+
+@_implements(FUNCTIONS, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+def _set_data(w: QuantizedTensor, value: torch.Tensor) -> None:
+    """``w.data = value``: takes the planes of a packed tensor of this class; packs floats of this shape."""
+    if value.shape != w.shape or not value.is_floating_point():
+        raise UnsupportedOnTensorError(f".data of a {w.scheme.label} weight {list(w.shape)} takes floats of its shape, "
+                                       f"found {value.dtype} {list(value.shape)}; make a new parameter")  # fmt: skip
+    made = value if type(value) is type(w) else w.with_planes(_packed_as(w, _float(value)), dtype=value.dtype)
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.data.__set__(w, made)  # type: ignore[attr-defined]
+    for name in w.scheme.format.part_names:
+        setattr(w, f"_{name}", getattr(made, f"_{name}"))
 
 
 @_implements(ATEN, aten.equal.default)
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     if type(a) is type(b) and a.shape == b.shape:
         return all(torch.equal(p, q) for p, q in zip(a.planes, b.planes, strict=True))  # type: ignore[attr-defined]
-    floats = [t.dequantize() if isinstance(t, QuantizedTensor) else t for t in (a, b)]
-    return torch.equal(*floats)
+    return torch.equal(_float(a), _float(b))
 
 
 def _rows(w: QuantizedTensor, pick: Callable[[torch.Tensor], torch.Tensor], n: int) -> QuantizedTensor:

@@ -15,6 +15,7 @@ LAYERS = [
     {"store", "formats", "artifacts", "autoload"},
     {"codegen"},
     {"kernels", "doctor"},
+    {"gradient"},
     {"ops"},
     {"inductor", "qat"},
     {"tensor", "tensor_ops", "multihead", "kv_cache"},

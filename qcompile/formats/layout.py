@@ -13,12 +13,13 @@ Padding is zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from ..errors import LayoutError
-from .spec import ALL, TILE_N, FormatSpec, Part, Plane
+from .spec import ALL, ROW, TILE_N, FormatSpec, Part, Plane
 
 
 def pack_plane(spec: FormatSpec, plane: Plane, entries: torch.Tensor, n: int, k: int) -> list[torch.Tensor]:
@@ -103,6 +104,21 @@ def by_plane(spec: FormatSpec, stored: Sequence[torch.Tensor]) -> dict[str, list
     for part, tensor in zip(spec.parts, stored, strict=False):
         grouped[part.plane.name].append(tensor)
     return grouped
+
+
+def columns_multiple(spec: FormatSpec) -> int:
+    """Weights along K between two places where every stored tensor can be cut."""
+    return math.lcm(spec.k_multiple, *(part.plane.per * part.entries for part in spec.parts if part.plane.per != ROW))
+
+
+def columns_of(spec: FormatSpec, stored: Sequence[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
+    """Copies of the parts of columns ``start`` … ``stop`` of a weight, which are the parts of an N×(stop − start) one; both ends
+    are multiples of :func:`columns_multiple`, or ``stop`` is K or more."""
+    cut = []
+    for part, tensor in zip(spec.parts, stored, strict=False):
+        each = part.plane.per * part.entries
+        cut.append(tensor[:, start // each : -(-stop // each)].contiguous() if each else tensor)
+    return cut
 
 
 def check_planes(spec: FormatSpec, planes: Sequence[torch.Tensor], n: int, k: int, layer: str = "weight") -> None:
