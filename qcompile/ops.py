@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from . import kernels
+from .formats.reference import matrix_of
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor[] planes, Tensor? bias, str scheme, int n) -> Tensor")
+_library.define("grouped_linear(Tensor x, Tensor[] planes, Tensor groups, bool ends, str scheme, int experts, int n) -> Tensor")
+_library.define("grouped_mm(Tensor x, Tensor[] planes, Tensor groups, bool ends, str scheme, int experts, int k) -> Tensor")
 _library.define("rows(Tensor[] planes, Tensor indices, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _library.define("decode(Tensor[] planes, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _library.define("kv_write(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor k, Tensor v, Tensor start, Tensor? table, "
@@ -32,6 +35,26 @@ def _linear(
     x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, scheme: str, n: int
 ) -> torch.Tensor:
     return kernels.for_key(scheme, x.device.type).linear(x, planes, bias, n)
+
+
+def _grouped_linear(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, scheme: str, experts: int, n: int
+) -> torch.Tensor:
+    return kernels.for_key(scheme, x.device.type).grouped(x, planes, groups, ends, experts, n)
+
+
+def _grouped_mm(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, scheme: str, experts: int, k: int
+) -> torch.Tensor:
+    """Each row of ``x [T, N]`` times its expert's ``[N, K]``, which is decoded in x's dtype: ``[T, K]``. What gradients of
+    :func:`grouped_linear` are. Experts without rows are not decoded."""
+    found, rows = kernels.for_key(scheme, x.device.type), torch.arange(len(x), device=x.device)
+    own = torch.searchsorted(groups, rows, right=True) if ends else torch.where(groups < 0, groups + experts, groups)
+    out = x.new_zeros(len(x), k)
+    for expert in own[own < experts].unique().tolist():
+        here = own == expert
+        out[here] = x[here] @ found.decode(matrix_of(planes, experts, expert), x.shape[1], k, x.dtype)
+    return out
 
 
 def _decode(planes: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -77,6 +100,8 @@ for _device in ("CPU", "CUDA"):
     _library.impl("attend", _attend, _device)
     _library.impl("sdpa", _sdpa, _device)
     _library.impl("linear", _linear, _device)
+    _library.impl("grouped_linear", _grouped_linear, _device)
+    _library.impl("grouped_mm", _grouped_mm, _device)
     _library.impl("rows", _rows, _device)
     _library.impl("decode", _decode, _device)
 
@@ -86,6 +111,20 @@ def _linear_fake(
     x: torch.Tensor, planes: Sequence[torch.Tensor], bias: torch.Tensor | None, scheme: str, n: int
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("qcompile::grouped_linear")
+def _grouped_linear_fake(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, scheme: str, experts: int, n: int
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], n))
+
+
+@torch.library.register_fake("qcompile::grouped_mm")
+def _grouped_mm_fake(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, scheme: str, experts: int, k: int
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], k))
 
 
 @torch.library.register_fake("qcompile::rows")
@@ -134,9 +173,25 @@ def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return grad_x, [None] * len(planes), grad_bias, None, None
 
 
+def _save_grouped(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, planes, groups, ctx.ends, ctx.scheme, ctx.experts, _ = inputs
+    ctx.save_for_backward(groups, *planes)
+    ctx.k = x.shape[-1]
+
+
+def _grouped_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """Gradient of x; packed weights have none."""
+    groups, *planes = ctx.saved_tensors
+    own = torch.ops.qcompile.grouped_mm(grad, planes, groups, ctx.ends, ctx.scheme, ctx.experts, ctx.k)
+    return own, [None] * len(planes), None, None, None, None, None
+
+
 torch.library.register_autograd("qcompile::linear", _linear_backward, setup_context=_save)
+torch.library.register_autograd("qcompile::grouped_linear", _grouped_gradient, setup_context=_save_grouped)
 
 linear = torch.ops.qcompile.linear.default
+grouped_linear = torch.ops.qcompile.grouped_linear.default
+grouped_mm = torch.ops.qcompile.grouped_mm.default
 rows = torch.ops.qcompile.rows.default
 decode = torch.ops.qcompile.decode.default
 kv_write = torch.ops.qcompile.kv_write.default

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import ops
+from . import experts, ops
 from .errors import UnsupportedOnTensorError
 from .formats import ALL, ROW, Plane, reference
 from .formats.layout import by_plane, pack_plane, unpack_plane
@@ -23,7 +23,7 @@ from .multihead import multi_head
 from .tensor import QuantizedTensor, tensor_class
 
 aten = torch.ops.aten
-FUNCTIONS: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head}
+FUNCTIONS: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head, **experts.FUNCTIONS}
 """``__torch_function__``: functions that must be seen before PyTorch decomposes them."""
 ATEN: dict[Any, Callable[..., Any]] = {}
 """``__torch_dispatch__``: ATen operators."""
@@ -148,7 +148,7 @@ def _copy_(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> 
         planes = src.planes  # type: ignore[attr-defined]
     else:
         floats = (src.dequantize() if isinstance(src, QuantizedTensor) else src).to(dst.device)
-        planes = reference.quantize(dst.scheme.format, floats.t() if dst.transposed else floats)
+        planes = reference.quantize(dst.scheme.format, floats.mT if dst.transposed else floats)
     for mine, theirs in zip(dst.planes, planes, strict=True):
         mine.copy_(theirs, non_blocking)
     return dst
