@@ -108,14 +108,13 @@ def _chooses(node: Node, value: Node, what: str) -> str | None:
 def _product(node: Node, value: Node, what: str, flipped: bool) -> Product:
     """The use of ``value`` by ``node``, in which nothing is chosen or turned any more."""
     name = op_name(node)
-    if what == ONE and name in WEIGHT_OPERANDS:
+    if what == ONE and name in ("linear", "mm", "matmul"):
         (x, *x_words), (w, *w_words) = WEIGHT_OPERANDS[name]
         if operand(node, w, *w_words) is value and operand(node, x, *x_words) is not value:
-            scales = [operand(node, i, word) for i, word in ((3, "beta"), (4, "alpha"))] if name == "addmm" else []
-            if all(s in (None, 1) for s in scales):
-                return Product(node, operand(node, x, *x_words), flipped != (name != "linear"))
+            return Product(node, operand(node, x, *x_words), flipped != (name != "linear"))
     if what == ALL and name in GROUPED and operand(node, 1, "mat2", "mat_b", "weight") is value:
-        if all(operand(node, i, word) is None for i, word in ((3, "bias"),)) and _rank(x := operand(node, 0, "input", "mat_a")) == 2:
+        x = operand(node, 0, "input", "mat_a")
+        if operand(node, 3, "bias") is None and _rank(x) == 2:
             return Product(node, x, not flipped)
     if what in (ALL, CHOSEN) and name in ("bmm", "matmul"):
         left, right = operand(node, 0, "input"), operand(node, 1, "mat2", "other")

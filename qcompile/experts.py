@@ -117,8 +117,8 @@ def _grouped_mm(
 ) -> torch.Tensor:  # fmt: skip
     """x [T, K], sorted by expert, · w [E, K, N]; the rows of expert e end at offs[e]."""
     if not isinstance(w, QuantizedTensor) or isinstance(x, Stack) or x.dim() != 2 or offs is None or bias is not None:
-        raise UnsupportedOnTensorError("grouped_mm takes a float input [T, K], a packed stack of experts as its second factor, and "
-                                       "offs; call .dequantize() on the weight for anything else")  # fmt: skip
+        raise UnsupportedOnTensorError("grouped_mm takes a float input [T, K], a packed stack of experts as its second factor, "
+                                       "and offs; call .dequantize() on the weight for anything else")  # fmt: skip
     if w.transposed:
         y = _grouped(x, w, offs, ends=True)
     else:
@@ -176,8 +176,9 @@ def _rmatmul(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 def _spread(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """``x`` with a matrix for every one of ``w``."""
     if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] not in (1, w.shape[0])):
-        raise UnsupportedOnTensorError(f"matmul of {list(x.shape)} and packed experts {list(w.shape)}: the input must be a matrix, "
-                                       f"or a stack of 1 or {w.shape[0]}; call .dequantize() on the weight for others")  # fmt: skip
+        raise UnsupportedOnTensorError(f"matmul of {list(x.shape)} and packed experts {list(w.shape)}: the input must be a "
+                                       f"matrix, or a stack of 1 or {w.shape[0]}; call .dequantize() on the weight for "
+                                       "others")  # fmt: skip
     return x.expand(w.shape[0], *x.shape[-2:])
 
 
@@ -200,19 +201,23 @@ def _turned(w: QuantizedTensor) -> QuantizedTensor:
     return tensor_class(w.scheme, not w.transposed)(w.planes, shape, w.dtype)
 
 
-@_implements(FUNCTIONS, torch.transpose, torch.Tensor.transpose)
-def _transpose_any(w: torch.Tensor, *dims: int, **named: int) -> torch.Tensor:
-    """Made here and not as a view by PyTorch, which tracks views and cannot in inference mode."""
-    return aten.transpose.int(w, *dims, **named) if not _untracked(w) else _transpose(w, *dims, **named)  # type: ignore[arg-type]
+def _view(function: Any, made: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as ``made`` here where its argument is a stack: PyTorch makes its results as views, which it tracks, and
+    cannot in inference mode."""
+
+    def either(w: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(w, Stack) and w.dim() == 3:
+            return made(w, *args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(w, *args, **kwargs)
+
+    return either
 
 
-@_implements(FUNCTIONS, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
-def _mt(w: torch.Tensor) -> torch.Tensor:
-    return _transpose_any(w, -2, -1)
-
-
-def _untracked(w: torch.Tensor) -> bool:
-    return isinstance(w, Stack) and w.dim() == 3
+for _function in (torch.transpose, torch.Tensor.transpose):
+    FUNCTIONS[_function] = _view(_function, _transpose)
+_mT: Any = torch.Tensor.mT
+FUNCTIONS[_mT.__get__] = _view(_mT.__get__, lambda w: _transpose(w, 1, 2))
 
 
 @_implements(ATEN, aten.permute.default)
@@ -284,24 +289,22 @@ def _index(w: QuantizedTensor, indices: Sequence[torch.Tensor | None]) -> Any:
     return Chosen(w, first) if first.dim() == 1 else Chosen(w, first.flatten()).dequantize().unflatten(0, first.shape)
 
 
-@_implements(FUNCTIONS, torch.Tensor.__getitem__)
-def _getitem(w: torch.Tensor, at: Any) -> torch.Tensor:
-    if _untracked(w) and isinstance(w, QuantizedTensor):
-        if isinstance(at, torch.Tensor) and at.dim() == 0 and type(at) is torch.Tensor:
-            at = int(at)
-        if isinstance(at, int) and not isinstance(at, bool):
-            return _select(w, 0, at)
-        if isinstance(at, torch.Tensor):
-            return _index(w, [at])  # type: ignore[no-any-return]
-        if isinstance(at, slice):
-            return _slice(w, 0, at.start, at.stop, at.step or 1)
+def _getitem(w: QuantizedTensor, at: Any) -> Any:
+    if type(at) is torch.Tensor and at.dim() == 0:  # no number while a graph is traced
+        at = int(at)
+    if isinstance(at, int) and not isinstance(at, bool):
+        return _select(w, 0, at)
+    if isinstance(at, torch.Tensor):
+        return _index(w, [at])
+    if isinstance(at, slice):
+        return _slice(w, 0, at.start, at.stop, at.step or 1)
     with torch._C.DisableTorchFunctionSubclass():
         return w[at]
 
 
-@_implements(FUNCTIONS, torch.unbind, torch.Tensor.unbind)
-def _unbind_any(w: torch.Tensor, dim: int = 0) -> Sequence[torch.Tensor]:
-    return _unbind(w, dim) if _untracked(w) and isinstance(w, QuantizedTensor) else aten.unbind.int(w, dim)  # type: ignore[no-any-return]
+FUNCTIONS[torch.Tensor.__getitem__] = _view(torch.Tensor.__getitem__, _getitem)
+for _function in (torch.unbind, torch.Tensor.unbind):
+    FUNCTIONS[_function] = _view(_function, _unbind)
 
 
 @_implements(ATEN, aten.index_select.default)

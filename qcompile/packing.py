@@ -43,7 +43,8 @@ def packed(
     weight: torch.Tensor, spec: FormatSpec, *, transposed: bool = False, layer: str = "weight", rounding: Any = "nearest",
     planes: Planes | None = None,
 ) -> Packed:  # fmt: skip
-    """``weight`` ``[N, K]`` or ``[E, N, K]`` (``[…, K, N]`` if ``transposed``) in ``spec``, from the store if it holds it, which it does afterwards.
+    """``weight`` ``[N, K]`` or ``[E, N, K]`` (``[…, K, N]`` if ``transposed``) in ``spec``, from the store if it holds it, which
+    it does afterwards.
 
     ``planes``: those that a calibration found (None: round to nearest, or by the format's own quantizer). ``rounding`` tells
     the store how, in text, numbers and lists of them; None keeps nothing. Processes that need the same weight at the same
@@ -139,7 +140,8 @@ def _write(folder: Path, made: Packed, spec: FormatSpec) -> None:
 def _read(
     folder: Path, spec: FormatSpec, shape: Sequence[int], device: torch.device, mapped: bool = False
 ) -> Packed | None:
-    """Planes of a matrix of ``shape`` (N, K), in memory of their own unless ``mapped``; None if another process has dropped the entry.
+    """Planes of a matrix of ``shape`` (N, K), in memory of their own unless ``mapped``; None if another process has dropped the
+    entry.
 
     Raises :class:`~qcompile.errors.LayoutError` for planes that do not fit.
     """

@@ -140,9 +140,9 @@ class CpuKernels:
     ) -> torch.Tensor:
         """x ``[T, K]``, each row times the transposed weight of its expert: ``[T, n]`` in x's dtype.
 
-        ``planes`` are the stored tensors of a stack of ``experts`` n×K weights. ``groups`` is integer: ``[T]``, the expert of each
-        row; or with ``ends`` ``[experts]``, one past the last row of each, rows being sorted by expert (those beyond the last
-        give zeros). Only experts that have rows are read. Raises :class:`LayoutError` for tensors that do not fit, and
+        ``planes`` are the stored tensors of a stack of ``experts`` n×K weights. ``groups`` is integer: ``[T]``, the expert of
+        each row; or with ``ends`` ``[experts]``, one past the last row of each, rows being sorted by expert (those beyond the
+        last give zeros). Only experts that have rows are read. Raises :class:`LayoutError` for tensors that do not fit, and
         ``IndexError`` for numbers out of range.
         """
         label = self.scheme.label

@@ -205,9 +205,9 @@ class TritonKernels:
     ) -> torch.Tensor:
         """``x[T, K]``, each row times its expert's N×K weight in a stack of ``experts``: ``[T, N]`` in ``x``'s dtype.
 
-        ``groups``: the expert of each row ``[T]``, or with ``ends`` one past the last row of each expert ``[experts]``, rows being
-        sorted by expert and those beyond the last giving zeros. One product for each expert that has rows, which the host must
-        know: it waits for ``groups``. Raises ``IndexError`` for numbers out of range.
+        ``groups``: the expert of each row ``[T]``, or with ``ends`` one past the last row of each expert ``[experts]``, rows
+        being sorted by expert and those beyond the last giving zeros. One product for each expert that has rows, which the host
+        must know: it waits for ``groups``. Raises ``IndexError`` for numbers out of range.
         """
         out = torch.zeros(x.shape[0], n, dtype=x.dtype, device=x.device)
         order, bounds = rows_by_expert(groups, ends, experts, x.shape[0])
