@@ -140,7 +140,7 @@ class _Attach(ConversionOps):  # type: ignore[misc]
         spec = weight.scheme.format
         planes = [input_dict[f"{own_name}.{p}"][0] for p in spec.part_names]
         made = tensor_class(weight.scheme, weight.transposed)(planes, weight.shape, weight.dtype or torch.float32)
-        check_planes(spec, planes, *made.nk, full_layer_name)
+        check_planes(spec, planes, *made.stored_shape, full_layer_name)
         return {full_layer_name: as_parameter(made)}
 
 
