@@ -1,4 +1,4 @@
-"""Mixtures of experts as transformers has them: all experts packed, logits those of the decoded weights, nothing compiled twice."""
+"""Mixtures of experts as transformers has them: all experts packed, logits of the decoded weights, nothing compiled twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from zoo import ANIMALS, causal
+from zoo import EXPERTS, LLAMA, causal
 
 import qcompile
 from qcompile.plan import Plan
@@ -22,12 +22,19 @@ from qcompile.tensor import QuantizedTensor
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "one_thread")
 
 PROMPT = torch.arange(1, 10).reshape(1, 9)
-STEPS = 3
+STEPS = 2
+ONE = LLAMA | {"num_hidden_layers": 1}
+MODELS = {
+    "mixtral": causal("Mixtral", **ONE, num_local_experts=4),
+    "qwen3_moe": causal("Qwen3Moe", **ONE, **EXPERTS),
+    "gpt_oss": causal("GptOss", **ONE, num_local_experts=4, num_experts_per_tok=2),
+}
+"""Experts [E, N, K] by two models, and [E, K, N] with biases by the third."""
 
 
 def built(name: str, experts: str) -> nn.Module:
     torch.manual_seed(0)
-    model = ANIMALS[name].make().eval()
+    model = MODELS[name]().eval()
     model.config._experts_implementation = experts  # type: ignore[assignment]
     return model
 
@@ -38,11 +45,8 @@ def generated(model: nn.Module, call: nn.Module) -> list[torch.Tensor]:
 
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
-        found = [call(PROMPT, past_key_values=cache, cache_position=torch.arange(9)).logits]
-        for step in range(STEPS):
-            at = torch.tensor([9 + step])
-            found.append(call(torch.full((1, 1), 7 + step), past_key_values=cache, cache_position=at).logits)
-    return found
+        found = [call(PROMPT, past_key_values=cache).logits]
+        return found + [call(torch.full((1, 1), 7 + step), past_key_values=cache).logits for step in range(STEPS)]
 
 
 def decoded(model: nn.Module, packed: nn.Module) -> nn.Module:
@@ -56,8 +60,8 @@ def decoded(model: nn.Module, packed: nn.Module) -> nn.Module:
 
 
 def share(plan: Plan) -> float:
-    """Of the bytes of experts, what is quantized; their biases count."""
-    experts = [r for r in plan if ".experts" in r.decision.site.name]
+    """Of the bytes of experts' matrices, what is quantized."""
+    experts = [r for r in plan if ".experts" in r.decision.site.name and len(r.decision.site.shape) == 3]
     assert experts
     return sum(r.bytes_before for r in experts if r.decision.scheme) / sum(r.bytes_before for r in experts)
 
@@ -121,14 +125,13 @@ SECOND = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from test_experts_models import PROMPT, built
+from test_experts_graphs import Mixture
 import qcompile
 from qcompile.store import COUNTS
 
-model = built("mixtral", "grouped_mm")
-with torch.no_grad():
-    logits = torch.compile(model, backend="qcompile", options={"policy": "int4"})(PROMPT, use_cache=False).logits
-print(json.dumps([dict(COUNTS), logits.double().sum().item(), torch._dynamo.utils.counters["frames"]["total"]]))
+model = Mixture("chosen")
+qcompile.quantize_(model, torch.ones(3, 64), policy="int4")
+print(json.dumps([dict(COUNTS), sum(p.double().sum().item() for p in model.down_proj.planes)]))
 """
 
 
@@ -137,6 +140,6 @@ def test_a_second_process_reads_packed_experts(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SECOND, str(Path(__file__).parent)]
     runs = [subprocess.run(command, capture_output=True, text=True, env=env) for _ in range(2)]
     assert all(run.returncode == 0 for run in runs), runs[-1].stderr
-    (first, total, _), (second, again, _) = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
-    assert first["quantized"] == 13 and "quantized" not in second and second["packed read"] == 13
+    (first, total), (second, again) = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
+    assert first["quantized"] == 2 and "quantized" not in second and second["packed read"] == 2
     assert total == again
