@@ -109,20 +109,30 @@ def _product(node: Node, value: Node, what: str, flipped: bool) -> Product:
     """The use of ``value`` by ``node``, in which nothing is chosen or turned any more."""
     name = op_name(node)
     if what == ONE and name in ("linear", "mm", "matmul"):
-        (x, *x_words), (w, *w_words) = WEIGHT_OPERANDS[name]
-        if operand(node, w, *w_words) is value and operand(node, x, *x_words) is not value:
-            return Product(node, operand(node, x, *x_words), flipped != (name != "linear"))
+        (at, *words), (w, *w_words) = WEIGHT_OPERANDS[name]
+        if operand(node, w, *w_words) is value and operand(node, at, *words) is not value:
+            return Product(node, operand(node, at, *words), flipped != (name != "linear"))
     if what == ALL and name in GROUPED and operand(node, 1, "mat2", "mat_b", "weight") is value:
-        x = operand(node, 0, "input", "mat_a")
-        if operand(node, 3, "bias") is None and _rank(x) == 2:
-            return Product(node, x, not flipped)
+        rows = operand(node, 0, "input", "mat_a")
+        if operand(node, 3, "bias") is None and _rank(rows) == 2:
+            return Product(node, rows, not flipped)
     if what in (ALL, CHOSEN) and name in ("bmm", "matmul"):
         left, right = operand(node, 0, "input"), operand(node, 1, "mat2", "other")
-        if right is value and left is not value and _rank(left) in (2, 3):
-            return Product(node, left, not flipped)
-        if left is value and right is not value and _rank(right) in (2, 3):
-            return Product(node, right, flipped)
+        x = left if right is value else right
+        if x is not value and (_meets(x, value) if name == "matmul" else _rank(x) == 3):
+            return Product(node, x, flipped != (right is value))
     return Product(node, problem=f"{name or node.op} ({node.name}) takes no packed {what}")
+
+
+def _meets(x: object, value: Node) -> bool:
+    """Whether ``x`` is one matrix for all that ``value`` holds, or one for each."""
+    given, held = (example(n) if isinstance(n, Node) else None for n in (x, value))
+    if not (isinstance(given, torch.Tensor) and isinstance(held, torch.Tensor) and given.dim() == 3):
+        return _rank(x) == 2
+    count, others = given.shape[0], held.shape[0]
+    if isinstance(count, int) and isinstance(others, int):
+        return count in (1, others)
+    return isinstance(count, torch.SymInt) and isinstance(others, torch.SymInt) and count.node.expr == others.node.expr
 
 
 def _rank(value: object) -> int:

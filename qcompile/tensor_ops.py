@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import experts, ops
+from . import expert_views, experts, ops
 from .errors import UnsupportedOnTensorError
 from .formats import ALL, ROW, Plane, reference
 from .formats.layout import by_plane, pack_plane, unpack_plane
@@ -23,7 +23,8 @@ from .multihead import multi_head
 from .tensor import QuantizedTensor, tensor_class
 
 aten = torch.ops.aten
-FUNCTIONS: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head, **experts.FUNCTIONS}
+FUNCTIONS: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head, **experts.FUNCTIONS,
+                                              **expert_views.VIEWS}  # fmt: skip
 """``__torch_function__``: functions that must be seen before PyTorch decomposes them."""
 ATEN: dict[Any, Callable[..., Any]] = {}
 """``__torch_dispatch__``: ATen operators."""

@@ -17,7 +17,7 @@ LAYERS = [
     {"kernels", "doctor"},
     {"ops"},
     {"inductor"},
-    {"tensor", "tensor_ops", "experts", "multihead", "kv_cache"},
+    {"tensor", "tensor_ops", "experts", "expert_views", "multihead", "kv_cache"},
     {"packing"},
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "rounding"},
     {"tracing"},
