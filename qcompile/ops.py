@@ -16,8 +16,12 @@ from .formats.reference import matrix_of
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor[] planes, Tensor? bias, str scheme, int n) -> Tensor")
-_library.define("grouped_linear(Tensor x, Tensor[] planes, Tensor groups, bool ends, str scheme, int experts, int n) -> Tensor")
-_library.define("grouped_mm(Tensor x, Tensor[] planes, Tensor groups, bool ends, str scheme, int experts, int k) -> Tensor")
+_WAITS = (torch.Tag.cudagraph_unsafe,)
+"""Of operators for which the host waits on a GPU: it must know which experts have rows."""
+_library.define("grouped_linear(Tensor x, Tensor[] planes, Tensor groups, bool ends, str scheme, int experts, int n) -> Tensor",
+                tags=_WAITS)  # fmt: skip
+_library.define("grouped_mm(Tensor x, Tensor[] planes, Tensor groups, bool ends, str scheme, int experts, int k) -> Tensor",
+                tags=_WAITS)  # fmt: skip
 _library.define("rows(Tensor[] planes, Tensor indices, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _library.define("decode(Tensor[] planes, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _library.define("kv_write(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor k, Tensor v, Tensor start, Tensor? table, "
