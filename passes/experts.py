@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from qcompile.einsum import terms
+
 from .costs import hint
 from .trace import example, folds, op_name, operand
 from .vocabulary import GROUPED, SHAPE_QUERIES, WEIGHT_OPERANDS
@@ -121,6 +123,12 @@ def _product(node: Node, value: Node, what: str, flipped: bool) -> Product:
         x = left if right is value else right
         if x is not value and (_meets(x, value) if name == "matmul" else _rank(x) == 3):
             return Product(node, x, flipped != (right is value))
+    if what in (ALL, CHOSEN) and name == "einsum":
+        given = operand(node, 1, "operands")
+        factors = list(given) if isinstance(given, (list, tuple)) else list(node.args[1:])
+        found = terms(node.args[0], factors.index(value)) if len(factors) == 2 and factors.count(value) == 1 else None
+        if found is not None:
+            return Product(node, factors[1 - factors.index(value)], flipped == found.turned)
     return Product(node, problem=f"{name or node.op} ({node.name}) takes no packed {what}")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import ops
+from .einsum import terms
 from .errors import UnsupportedOnTensorError
 from .tensor import QuantizedTensor
 
@@ -164,6 +165,27 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 ATEN[aten.matmul.default] = _matmul
+
+
+@implements(FUNCTIONS, torch.einsum)
+def _einsum(equation: str, *factors: Any, **kwargs: Any) -> torch.Tensor:
+    """Products by every expert; ``x`` may have the experts' letter, or meets each of them."""
+    given = factors[0] if len(factors) == 1 and isinstance(factors[0], (list, tuple)) else factors
+    at = next((i for i, t in enumerate(given) if isinstance(t, Stack) and t.dim() == 3), None)
+    if at is None:
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.einsum(equation, *given, **kwargs)
+    found = terms(equation, at) if len(given) == 2 and not isinstance(given[1 - at], Stack) else None
+    if found is None:
+        raise UnsupportedOnTensorError(f"einsum {equation!r} is no product of one input by packed experts "
+                                       f"{list(given[at].shape)}: call .dequantize() on the weight")  # fmt: skip
+    w, x = given[at], given[1 - at]
+    own = found.expert if found.expert in found.x else ""
+    x = x.permute([found.x.index(c) for c in own + found.rows + found.into])
+    rows = x.shape[len(own) : -1]
+    y = torch.matmul(x.reshape(*x.shape[: len(own)], -1, x.shape[-1]), w.transpose(1, 2) if found.turned else w)
+    made = found.expert + found.rows + found.onto
+    return y.reshape(y.shape[0], *rows, y.shape[-1]).permute([made.index(c) for c in found.out])
 
 
 @implements(FUNCTIONS, torch.Tensor.__rmatmul__)

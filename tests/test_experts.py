@@ -132,6 +132,21 @@ def test_products(scheme: Scheme) -> None:
     close(torch.bmm(two, packed[ids].mT), torch.bmm(two, w[ids].mT), scheme)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("equation", ["eck,enk->ecn", "tk,enk->ten", "enk,tk->ent", "bsk,enk->bsen", "btek,enk->tben"])
+def test_einsum(equation: str, turned: bool) -> None:
+    packed, sizes = stack(SCHEMES[2], transposed=turned), {"e": E, "c": 3, "k": K, "t": 5, "b": 2, "s": 3}
+    equation = equation.replace("enk", "ekn") if turned else equation
+    letters = equation.split("->")[0].split(",")
+    weight, decoded = packed, packed.dequantize()
+    x = torch.randn([sizes[c] for c in next(f for f in letters if "n" not in f)])
+    pairs = [(x, w) if "n" in letters[1] else (w, x) for w in (weight, decoded)]
+    close(torch.einsum(equation, *pairs[0]), torch.einsum(equation, *pairs[1]), SCHEMES[2])
+    for other in ("ek,enk->ekn", "tn,enk->tk", "tk,enk->tn"):
+        with pytest.raises(UnsupportedOnTensorError, match="is no product"):
+            torch.einsum(other, x, packed)
+
+
 @each_scheme
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_products(scheme: Scheme, dtype: torch.dtype) -> None:

@@ -37,9 +37,9 @@ class Mixture(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scores, ids = self.gate(x).softmax(-1).topk(2)
         flat, tokens = ids.flatten(), torch.arange(len(x)).repeat_interleave(2)
-        if self.way in ("all", "loop"):
+        if self.way in ("all", "loop", "einsum"):
             mixed = torch.zeros(len(x), E).scatter(1, ids, scores)
-            every = self._mlp(x, None) if self.way == "loop" else self._mlp(x.expand(E, *x.shape), None)
+            every = self._mlp(x.expand(E, *x.shape) if self.way == "all" else x, None)
             return torch.einsum("te,etk->tk", mixed, every)
         order = flat.argsort()
         chosen = order if self.way == "grouped" else slice(None)
@@ -55,6 +55,8 @@ class Mixture(nn.Module):
         if self.way == "loop":
             each = list(x) if x.dim() == 3 else [x] * E
             return torch.stack([x @ w[i] if self.turned else F.linear(x, w[i]) for i, x in enumerate(each)])
+        if self.way == "einsum":
+            return torch.einsum("tk,ekn->etn" if x.dim() == 2 else "etk,ekn->etn", x, w if self.turned else w.mT)
         if groups is None:
             return torch.bmm(x, w if self.turned else w.transpose(1, 2))
         if self.way == "grouped":
@@ -64,7 +66,7 @@ class Mixture(nn.Module):
         return torch.bmm(w[groups], x.unsqueeze(-1)).squeeze(-1)
 
 
-WAYS = [(way, turned) for way in ("grouped", "chosen", "all", "loop") for turned in (False, True)]
+WAYS = [(way, turned) for way in ("grouped", "chosen", "all", "loop", "einsum") for turned in (False, True)]
 
 
 @pytest.mark.parametrize("way,turned", WAYS)
