@@ -143,3 +143,18 @@ def test_a_second_process_reads_packed_experts(tmp_path: Path) -> None:
     (first, total), (second, again) = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
     assert first["quantized"] == 2 and "quantized" not in second and second["packed read"] == 2
     assert total == again
+
+
+def test_transformers_packs_saves_and_loads_experts(tmp_path: Path) -> None:
+    """Checkpoints have a tensor for each expert, which transformers stacks; packed ones are saved stacked."""
+    from transformers import AutoModelForCausalLM
+
+    built("mixtral", "grouped_mm").save_pretrained(tmp_path / "float")
+    config = qcompile.QCompileConfig(policy="int4")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    packed.save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    for model in (packed, loaded):
+        experts = model.model.layers[0].mlp.experts
+        assert isinstance(experts.gate_up_proj, QuantizedTensor) and isinstance(experts.down_proj, QuantizedTensor)
+    assert torch.equal(packed(PROMPT, use_cache=False).logits, loaded(PROMPT, use_cache=False).logits)

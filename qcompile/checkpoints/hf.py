@@ -22,7 +22,7 @@ from ..passes.convert import Conversion
 from ..passes.trace_ahead import conversions_of
 from ..policy import Policy
 from ..recorder import recorder_of
-from ..tensor import as_parameter, tensor_class
+from ..tensor import QuantizedTensor, as_parameter, tensor_class
 from . import own
 from .files import MappedFile, Stored, TensorFiles, safetensors_header
 from .save import flattened
@@ -97,6 +97,8 @@ class QCompileQuantizer(HfQuantizer):  # type: ignore[misc]
         return {"deserialize": _Attach}
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        if any(isinstance(p, QuantizedTensor) and p.dim() == 3 for p in model.parameters()):
+            model._weight_conversions = []  # those of the architecture would split experts as if they were float
         tensors, entry = flattened(model)
         return tensors, {own.KEY: entry}
 
