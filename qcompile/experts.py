@@ -6,6 +6,7 @@ product then reads in place.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from . import ops
 from .einsum import terms
 from .errors import UnsupportedOnTensorError
-from .tensor import QuantizedTensor
+from .tensor import QuantizedTensor, floats, guessing
 
 aten = torch.ops.aten
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -58,6 +59,9 @@ class Chosen(torch.Tensor):
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], ctx: None, outer_size: object, outer_stride: object) -> Chosen:
         return Chosen(inner["stack"], inner["ids"])  # type: ignore[arg-type]
 
+    def _stable_hash_for_caching(self) -> str:
+        return hashlib.sha256(f"{self.stack._stable_hash_for_caching()} {tuple(self.ids.shape)}".encode()).hexdigest()
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -72,6 +76,8 @@ class Chosen(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = implementation(func, args)
+        if found is None and guessing():
+            return func(*floats(args), **floats(kwargs or {}))
         if found is None:
             raise UnsupportedOnTensorError(f"{func} is not defined on chosen experts of a packed weight, only products are; call "
                                            ".dequantize() for a float tensor")  # fmt: skip
@@ -109,6 +115,7 @@ def _grouped(x: torch.Tensor, w: QuantizedTensor, groups: torch.Tensor, ends: bo
     return ops.grouped_linear(x, w.planes, groups, ends, w.key, w.shape[0], n)
 
 
+@implements(FUNCTIONS, torch._grouped_mm)
 @implements(NAMED, "aten::_grouped_mm", "transformers::grouped_mm_fallback")
 def _grouped_mm(
     x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor | None = None, bias: torch.Tensor | None = None,
@@ -134,6 +141,17 @@ def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return _by_each(a, b) if _of(b).transposed else torch.bmm(a, b.dequantize().to(a.dtype))
     assert isinstance(a, Stack)
     return torch.bmm(a.dequantize().to(b.dtype), b) if _of(a).transposed else _by_each(b.mT, a).mT
+
+
+@implements(FUNCTIONS, torch.bmm, torch.Tensor.bmm)
+def _bmm_function(a: torch.Tensor, b: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Seen before autocast is."""
+    if kwargs or not (isinstance(a, Stack) or isinstance(b, Stack)):
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.bmm(a, b, **kwargs)
+    if torch.is_autocast_enabled(a.device.type):
+        a, b = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (a, b))
+    return _bmm(a, b)
 
 
 def _of(w: Stack) -> QuantizedTensor:

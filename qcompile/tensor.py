@@ -93,10 +93,12 @@ class QuantizedTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        from .experts import NAMED
         from .tensor_ops import FUNCTIONS
 
-        if func in FUNCTIONS:
-            return FUNCTIONS[func](*args, **(kwargs or {}))
+        found = FUNCTIONS.get(func) or NAMED.get(getattr(func, "_qualified_op_name", ""))
+        if found is not None:
+            return found(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -109,7 +111,7 @@ class QuantizedTensor(torch.Tensor):
 
         found = implementation(func, args) or ATEN.get(func)
         if found is None and guessing():
-            return func(*_floats(args), **_floats(kwargs or {}))
+            return func(*floats(args), **floats(kwargs or {}))
         if found is None:
             raise UnsupportedOnTensorError(
                 f"{func} is not defined on a weight packed as {cls.scheme.label}; call .dequantize() for a float tensor, "
@@ -159,8 +161,11 @@ def guessing() -> bool:
     return getattr(_trace, "guesses", False)
 
 
-def _floats(values: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, values)
+def floats(values: Any) -> Any:
+    """``values`` with packed weights, and what stands for parts of them, decoded."""
+    from .experts import Chosen
+
+    return torch.utils._pytree.tree_map_only((QuantizedTensor, Chosen), lambda t: t.dequantize(), values)
 
 
 _CLASS_NAME = re.compile(r"Quantized_(?P<format>\w+?)(?P<activations>__act_(int8|fp8))?(?P<transposed>__t)?")

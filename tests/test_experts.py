@@ -163,6 +163,15 @@ def test_grouped_products(scheme: Scheme, dtype: torch.dtype) -> None:
         assert error <= (6e-3 if dtype == torch.bfloat16 else 1e-5) + (2e-2 if scheme.activations else 0)
 
 
+def test_products_under_autocast() -> None:
+    packed, x, ids = stack(SCHEMES[0]), torch.randn(E, 3, K), torch.tensor([2, 2, 0, 1])
+    for weight, decoded in ((packed.mT, packed.dequantize().mT), (packed[ids].mT, packed.dequantize()[ids].mT)):
+        with torch.autocast("cpu", torch.bfloat16):
+            product, wanted = torch.bmm(x, weight), torch.bmm(x, decoded)
+        assert product.dtype == wanted.dtype == torch.bfloat16
+        assert (product.float() - wanted.float()).norm() <= 1e-2 * wanted.float().norm()
+
+
 def test_gradients_of_inputs() -> None:
     packed, x = stack(SCHEMES[0]), torch.randn(6, K, requires_grad=True)
     w, offs, ids = packed.dequantize(), torch.tensor([1, 1, 4, 6]), torch.tensor([3, 1, 1, 0, 2, 1])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from graphs import only, roles, traced
 from torch import nn
+from torch._dynamo.utils import counters
 
 import qcompile
 from qcompile.plan import ROLES
@@ -100,6 +101,26 @@ def test_compiled_and_eager_experts_are_those_of_the_decoded_weights(way: str, t
     for result, x in zip(results, [prompt, token] * 2, strict=True):
         limit = 3e-2 if policy == "int8_dynamic" else 1e-2 if way == "grouped" else 1e-5
         assert (result - decoded(x)).norm() <= limit * decoded(x).norm()
+
+
+def test_one_graph_serves_any_number_of_tokens() -> None:
+    model = Mixture("chosen").eval()
+    compiled = torch.compile(model, backend="qcompile", options={"policy": "int8"}, dynamic=True)
+    counters.clear()
+    for tokens in (5, 9, 33, 2):
+        x = torch.randn(tokens, 64)
+        assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("way", ["grouped", "chosen", "all", "loop", "einsum"])
+def test_packed_experts_are_exported(way: str) -> None:
+    model, x = Mixture(way).eval(), torch.randn(5, 64)
+    qcompile.quantize_(model, x, policy="int4")
+    program = torch.export.export(model, (x,), strict=False)
+    called = [str(n.target) for n in program.graph.nodes if "qcompile" in str(n.target)]
+    assert called == (["qcompile.linear.default"] * 2 * E if way == "loop" else ["qcompile.grouped_linear.default"] * 2)
+    assert torch.equal(program.module()(x), model(x))
 
 
 def test_a_rule_may_name_the_router() -> None:
