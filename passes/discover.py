@@ -16,6 +16,7 @@ from qcompile.plan import LINEAR, Site
 
 from .attention import read
 from .costs import flops, source
+from .experts import products
 from .roles import Roles, find_roles
 from .sites import Attention, Embedding, Graph, Linear, find_attention, projections
 from .trace import Inputs, Operand, ancestors, example, op_name, operand, resolve, sizes
@@ -83,7 +84,19 @@ def _graph(nodes: list[Node], inputs: Inputs, qualified: dict[Node, str | None])
                 if source.parameter is not None and source.computed is None and not source.flipped:
                     graph.embeddings[node] = Embedding(source.parameter, index)
                     break
+    _add_experts(graph, qualified)
     return graph
+
+
+def _add_experts(graph: Graph, qualified: dict[Node, str | None]) -> None:
+    """Products by experts are linear layers of their matrices."""
+    for weight, tensor in graph.inputs.parameters.items():
+        for product in products(weight) if tensor.dim() == 3 else ():
+            if product.problem is None:
+                rows, cols = tensor.shape[1:]
+                shape = (cols, rows) if product.transposed else (rows, cols)
+                graph.operands[product.node] = Operand(weight, product.transposed, None)
+                graph.linears[product.node] = Linear(product.x, shape, weight, _module(product.node, weight, qualified))
 
 
 def _shape(name: str, weight: Operand, inputs: Inputs) -> tuple[int, int] | None:
@@ -137,13 +150,25 @@ def _sites_of(weight: Node, graph: Graph, qualified: dict[Node, str | None], rol
                 operator=operator,
                 roles=frozenset().union(*(u.roles | roles.get(u.node, set()) for u in group)),
                 node=group[0].node.name,
-                shape=whole.shape[::-1] if transposed and len(whole.shape) == 2 else whole.shape,
+                shape=_as_stored(whole.shape) if transposed else whole.shape,
                 transposed=transposed,
                 unsupported=_why_not(group, uses),
-                flops=sum(flops(u.product or u.node, weight, tensor) for u in group) if operator in LINEAR else 0,
+                flops=sum(_cost(u, weight, graph) for u in group) if operator in LINEAR else 0,
                 source=source(group[0].product or group[0].node),
             ),
         )
+
+
+def _as_stored(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with its last two dimensions, (K, N), in the order of packed weights."""
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _cost(use: Use, weight: Node, graph: Graph) -> int:
+    tensor = graph.inputs.parameters[weight]
+    if tensor.dim() == 3 and (product := next((p for p in products(weight) if p.node is use.node and not p.problem), None)):
+        return product.flops(tensor.shape[1 if product.transposed else 2])
+    return flops(use.product or use.node, weight, tensor)
 
 
 def _why_not(group: list[Use], uses: list[Use]) -> str | None:

@@ -40,6 +40,8 @@ ATTENTION_GRAD = "attention in low precision has no backward; call under torch.n
 
 TABLE = "rows of an embedding are to change least themselves"
 
+EXPERTS = "each sample meets few of the experts"
+
 NOT_CALIBRATED = "no graph of the calibration had the layer"
 
 
@@ -207,10 +209,10 @@ class Compilation:
         """The conversions of this graph's weights, as GPTQ rounds them on the inputs of the call."""
         assert self.rounding is not None
         here = {name: found[id(v)] for name, v in self.values.items() if id(v) in found}
-        tables = [self.owners.name(self.values[name]) or "" for name, c in here.items() if c.looked_up]
-        self.rounding |= dict.fromkeys(tables, f"rounded to nearest: {TABLE}")
+        unserved = {name: why for name, c in here.items() if (why := why_unserved(self.values[name], c.looked_up)) is not None}
+        self.rounding |= {self.owners.name(self.values[n]) or "": f"rounded to nearest: {why}" for n, why in unserved.items()}
         weights = {name: Weight(self.owners.name(self.values[name]) or name, c.layer, c.scheme, c.transposed, self.values[name])
-                   for name, c in here.items() if not c.looked_up}  # fmt: skip
+                   for name, c in here.items() if name not in unserved}  # fmt: skip
         made: dict[int, Conversion] = {}
         for name, result in rounded(self.flat, self.example_inputs, weights).items():
             parameter = self.values[name]
@@ -298,6 +300,11 @@ class Compilation:
             return ()
         slot = slot_at(self.root, site.parameter)
         return tuple(self.owners.slots.get(id(slot.get()), ())) if slot is not None else ()
+
+
+def why_unserved(weight: torch.Tensor, looked_up: bool = False) -> str | None:
+    """Why no calibration rounds a weight, if none does."""
+    return TABLE if looked_up else EXPERTS if weight.dim() == 3 else None
 
 
 def _device(values: Any) -> torch.device:

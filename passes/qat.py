@@ -64,6 +64,8 @@ class Training:
 
     def why_not(self, parameter: torch.Tensor) -> str | None:
         """Why a trained weight stays as it is whatever the policy says; None: it need not."""
+        if parameter.dim() > 2:
+            return "a stack of experts is not fake-quantized; freeze it, and it is packed"
         if not is_traceable_wrapper_subclass(parameter):
             return None
         return f"the weight is a {type(parameter).__name__}; only plain tensors are fake-quantized"

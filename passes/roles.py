@@ -15,9 +15,9 @@ from qcompile.plan import ROLES
 
 from .sites import Attention, Graph, barrier, projections
 from .trace import Inputs, ancestors, data_inputs, descendants, is_size, op_name, writes_in_place
-from .vocabulary import ACTIVATIONS, COUNTED, ELEMENTWISE, LOSSES, MADE, WEIGHT_OPERANDS
+from .vocabulary import ACTIVATIONS, CHOICES, COUNTED, ELEMENTWISE, LOSSES, MADE, WEIGHT_OPERANDS
 
-Q, K, V, O, GATE, UP, DOWN, EMBED, HEAD = ROLES  # noqa: E741 — the field's letters
+Q, K, V, O, GATE, UP, DOWN, EMBED, HEAD, ROUTER = ROLES  # noqa: E741 — the field's letters
 
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys("q_proj query q_lin to_q wq q_b_proj".split(), (Q,)),
@@ -44,6 +44,7 @@ def find_roles(graph: Graph, attentions: list[Attention]) -> Roles:
     _attention(graph, attentions, roles)
     _embed_tokens(graph, roles)
     _lm_head(graph, roles)
+    _router(graph, attentions, roles)
     _mlp(graph, roles)
     _by_name(graph, attentions, roles)
     return roles
@@ -106,6 +107,18 @@ def _lm_head(graph: Graph, roles: Roles) -> None:
         wide = linear.shape is not None and linear.shape[0] in rows and not roles[node]
         if tied or (wide and _ends_graph(node, graph.inputs)):
             roles[node].add(HEAD)
+
+
+def _router(graph: Graph, attentions: list[Attention], roles: Roles) -> None:
+    """A linear with fewer results than inputs, of which the largest are chosen, and the choice is used in the graph: what decides
+    which experts a token is given to."""
+    stop = barrier(graph, attentions)
+    for node, linear in graph.linears.items():
+        if roles[node] or linear.shape is None or linear.shape[0] > linear.shape[1]:
+            continue
+        chosen = (n for n in descendants(node, lambda n: stop(n) and op_name(n) != "softmax") if op_name(n) in CHOICES)
+        if any(user.op != "output" for n in chosen for user in descendants(n, lambda _: False)):
+            roles[node].add(ROUTER)
 
 
 def _ends_graph(node: Node, inputs: Inputs) -> bool:

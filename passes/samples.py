@@ -22,7 +22,7 @@ from qcompile.tracing import UNLIMITED
 
 from .calibrate import cuda_of
 from .lanes import Call, Lane, current, lanes
-from .pipeline import TABLE, Compilation
+from .pipeline import TABLE, Compilation, why_unserved
 from .session import Outcome, Session
 from .walk import Walk, Weight, products
 
@@ -31,15 +31,15 @@ UNREACHED = "no sample reached a linear layer that multiplies by it"
 
 class Recording:
     """A backend whose graphs run node by node in the lane of their thread. ``session`` learns which weights the policy wants;
-    ``tables`` are those of embeddings, which no method serves."""
+    ``unserved`` are those that no method serves: tables of embeddings, and experts."""
 
     def __init__(self, session: Session, options: Options, recorder: Recorder) -> None:
         self.session, self.options, self.recorder = session, options, recorder
-        self.tables: dict[str, Weight] = {}
+        self.unserved: dict[str, Weight] = {}
 
     def forget(self) -> None:
         """Lets go of all weights: Dynamo keeps the backend with the code that it compiled for it."""
-        self.session, self.tables = Session(self.session.method, keep=False), {}
+        self.session, self.unserved = Session(self.session.method, keep=False), {}
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         compilation = Compilation(gm, example_inputs, self.options, self.recorder)
@@ -49,8 +49,8 @@ class Recording:
             if value is None or name is None:
                 continue
             weight = Weight(name, conversion.layer, conversion.scheme, conversion.transposed, value)
-            if conversion.looked_up:
-                self.tables[name] = weight
+            if why_unserved(weight.value, conversion.looked_up) is not None:
+                self.unserved[name] = weight
             else:
                 self.session.want(weight)
         nodes = products(gm)
@@ -83,12 +83,12 @@ def calibration(model: nn.Module, calls: Sequence[Call], options: Options, sessi
         dynamic = len({_shapes(call) for call in calls}) > 1
         with untouched(root), lanes(torch.compile(root, backend=backend, dynamic=dynamic), calls) as waiting:
             _run(waiting, session)
-    weights, tables = {w.name: w for w in session.weights.values()}, backend.tables
+    weights, unserved = {w.name: w for w in session.weights.values()}, backend.unserved
     backend.forget()
-    if not weights and not tables:
+    if not weights and not unserved:
         raise CalibrationError(_nothing(recorder))
     entries = {name: _entry(w, session.outcomes.get(name)) for name, w in weights.items()}
-    entries |= {name: _left(w, TABLE) for name, w in tables.items() if name not in entries}
+    entries |= {name: _left(w, why_unserved(w.value) or TABLE) for name, w in unserved.items() if name not in entries}
     assert recorder.policy is not None
     return Calibration(recorder.policy, session.method.name, len(calls), entries, _unseen(root, recorder))
 

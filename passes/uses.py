@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from .experts import products
 from .sites import Graph
 from .trace import Operand, ancestors, folds, op_name, operand
 from .vocabulary import MULTI_HEAD, MULTI_HEAD_WEIGHTS, MULTIPLIES, SHAPE_QUERIES, WEIGHT_OPERANDS
@@ -30,16 +31,18 @@ class Use:
 
 def uses_of(weight: Node, graph: Graph, value: Node | None = None) -> list[Use]:
     """Uses of the parameter ``weight``, transposes folded; of those through ``value``, if it is given."""
+    if graph.inputs.parameters[weight].dim() == 3 and (found := products(weight)):
+        return [Use(p.node, "matmul", p.transposed, p.problem) for p in found]
     value = value or weight
-    found: list[Use] = []
+    uses: list[Use] = []
     for user in value.users:
         if op_name(user) in SHAPE_QUERIES:
             continue
         if folds(user) is not None and len(user.all_input_nodes) == 1 and user.users:
-            found += uses_of(weight, graph, user)
+            uses += uses_of(weight, graph, user)
         else:
-            found.append(_use(user, value, weight, graph))
-    return found
+            uses.append(_use(user, value, weight, graph))
+    return uses
 
 
 def is_transposed(name: str, weight: Operand) -> bool:
@@ -104,9 +107,5 @@ def _other_use(node: Node, name: str, weight: Node, graph: Graph) -> Use:
             return Use(node, site_operator(linear), problem=reason, product=linear)
     if node.op == "output":
         return Use(node, "other", problem="the weight is an output of the graph")
-    if "grouped_mm" in name:
-        experts = graph.inputs.parameters[weight].shape[0]
-        reason = f"{name} ({node.name}) multiplies by {experts} experts at once; a packed weight has two dimensions"
-        return Use(node, "matmul", problem=reason)
     operator = "matmul" if name in MULTIPLIES else "other"
     return Use(node, operator, problem=f"{name or node.op} ({node.name}) takes no packed weight")

@@ -25,12 +25,14 @@ MULTI_HEAD_WEIGHTS: dict[tuple[int, str], tuple[str, ...]] = {
 PRODUCTS = {"matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2), "einsum": (1, 2)}
 """Operators that multiply two activations (scores, weighted values): positions of the factors."""
 
+GROUPED = frozenset("grouped_mm _grouped_mm grouped_mm_fallback".split())
+"""Operators that multiply groups of rows by one expert each: PyTorch's, and that of transformers where PyTorch's does not run."""
+
 MULTIPLIES = frozenset(
     "bmm baddbmm einsum bilinear _native_multi_head_attention "
     "_transformer_encoder_layer_fwd".split()
-)
-"""Operators that multiply by a weight as no kernel of ours does yet (as do grouped products of experts): they
-count as linear layers left in floating point."""
+) | GROUPED
+"""Operators that multiply by a weight, where no kernel of ours does: they count as linear layers left in floating point."""
 
 ACTIVATIONS = frozenset(
     "silu gelu relu relu6 leaky_relu elu selu celu mish softplus sigmoid tanh hardswish hardsigmoid hardtanh "
@@ -54,6 +56,9 @@ COUNTED = frozenset("arange cumsum range linspace".split())
 """Operators that positions are counted with."""
 
 LOSSES = frozenset("cross_entropy nll_loss log_softmax softmax argmax topk".split())
+
+CHOICES = frozenset("topk argmax".split())
+"""Operators that routers choose experts by."""
 
 MASKS = frozenset("masked_fill nan_to_num".split())
 """What may stand between scores and their softmax besides elementwise operators."""

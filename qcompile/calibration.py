@@ -12,7 +12,7 @@ import torch
 
 from .errors import CheckpointError, CorruptCheckpointError, FormatError, MissingTensorError, PolicyError, QCompileError
 from .formats import Scheme, find, register_format, register_scheme, scheme_of, serial
-from .formats.layout import check_planes
+from .formats.layout import check_planes, matrix_shape
 from .packing import Packed, digest
 from .policy import Policy
 
@@ -192,7 +192,7 @@ def _from_dict(name: str, data: Any, file: Any) -> Calibrated:
             raise MissingTensorError(f"{name}: {PLANES} has no plane {missing[0]!r}; save the calibration again")
         planes = [file.get_tensor(f"{name}.{p}") for p in scheme.format.part_names]
         try:
-            check_planes(scheme.format, planes, *(shape[::-1] if data["transposed"] else shape))
+            check_planes(scheme.format, planes, *matrix_shape(shape, data["transposed"]))
         except QCompileError as error:
             raise CorruptCheckpointError(f"{name}: {error}") from error
         packed = Packed(planes, float(data["sqnr_db"]))

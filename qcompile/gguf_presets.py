@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from .plan import ROLES, Site
 
-Q, K, V, O, _, _, DOWN, EMBEDDING, HEAD = ROLES  # noqa: E741 — the field's letters
+Q, K, V, O, _, _, DOWN, EMBEDDING, HEAD, CHOOSES = ROLES  # noqa: E741 — the field's letters
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,9 @@ def places(sites: Sequence[Site], module_names: Collection[str] = ()) -> list[Pl
     modules = [name.replace("._orig_mod", "") for name in module_names]
     model = _read(tuple(dict.fromkeys([*modules, *(site.name for site in sites)])))
     linears = [s for s in sites if s.is_linear and len(s.shape) == 2]
-    routers = {s.key for s in linears if not s.roles and s.name.rpartition(".")[0] in model.experts}
-    experts = max([*model.experts.values(), *(s.shape[0] for s in linears if s.key in routers)], default=0)
+    routers = {s.key for s in linears if s.roles <= {CHOOSES} and (s.roles or s.name.rpartition(".")[0] in model.experts)}
+    stacked = [s.shape[0] for s in sites if s.is_linear and len(s.shape) == 3]
+    experts = max([*model.experts.values(), *stacked, *(s.shape[0] for s in linears if s.key in routers)], default=0)
     numbers = {s.name: model.number(s.name) for s in sites}
     stacks: dict[str, list[Site]] = defaultdict(list)
     for site in linears:

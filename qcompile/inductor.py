@@ -22,6 +22,7 @@ from torch._inductor.virtualized import V
 from . import ops
 from .codegen.cpp import DTYPES, CpuKernels
 from .formats import FormatSpec, register_scheme, scheme_of
+from .formats.spec import TILE_N
 from .kernels import Prepared, for_key
 from .names import module_name
 
@@ -34,6 +35,7 @@ def install() -> None:
     """Registers the lowering with Inductor, once in a process."""
     if ops.linear not in lowering.lowerings:
         lowering.register_lowering(ops.linear, type_promotion_kind=None)(_linear)
+        lowering.register_lowering(ops.grouped_linear, type_promotion_kind=None)(_grouped)
 
 
 def keyed(gm: torch.fx.GraphModule | None = None) -> AbstractContextManager[None]:
@@ -76,6 +78,13 @@ def _linear(x: Node, planes: Sequence[Node], bias: Node | None, scheme: str, n: 
     return lowering.view(made, [*lead, n])
 
 
+def _grouped(x: Node, planes: Sequence[Node], groups: Node, ends: bool, scheme: str, experts: int, n: int) -> Node:
+    if x.get_device().type != "cpu" or x.get_dtype() not in DTYPES or V.graph.cpp_wrapper:
+        handler = lowering.fallback_handler(ops.grouped_linear, add_to_fallback_set=False)
+        return handler(x, planes, groups, ends, scheme, experts, n)
+    return PackedExperts.create(x, planes, groups, ends, scheme, experts, n)
+
+
 def _scaled(spec: FormatSpec, x: Node, planes: Sequence[Node]) -> Node:
     """``x [..., K]`` times the factors of columns, as pointwise IR, which Inductor fuses into what makes x."""
     if not spec.scaled:
@@ -88,10 +97,7 @@ class PackedLinear(ir.ExternKernelOut):
 
     @classmethod
     def create(cls, x: Node, planes: Sequence[Node], bias: Node | None, key: str, n: int) -> Node:
-        x = cls.require_stride_order(cls.realize_input(x), [1, 0])
-        if x.get_stride()[1] != 1:
-            x = cls.copy_input(x)
-            x.freeze_layout()
+        x = _rows_of(cls, x)
         (m, k), dtype = x.get_size(), x.get_dtype()
         k = V.graph.sizevars.guard_int(k)
         inputs = [x, *(cls.require_contiguous(cls.realize_input(t)) for t in (*planes, *([] if bias is None else [bias])))]
@@ -104,17 +110,64 @@ class PackedLinear(ir.ExternKernelOut):
 
     def codegen(self, wrapper: Any) -> None:
         key, name, has_bias, *numbers = self.constant_args
-        function = f"qcompile_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        wrapper.add_import_once("from qcompile.codegen.cpp_call import caller as qcompile_caller")
-        wrapper.add_import_once("from qcompile.inductor import linear_function as qcompile_function")
-        wrapper.add_import_once("qcompile_linear = qcompile_caller().linear")
-        wrapper.add_import_once(f"{function} = qcompile_function({key!r})")
+        function = _imported(wrapper, key, "linear")
         x, *rest = map(_address, self.inputs)
         planes, bias = (rest[:-1], rest[-1]) if has_bias else (rest, "None")
         sizes = map(wrapper.codegen_python_sizevar, numbers)
         self.codegen_comment(wrapper)
         arguments = (function, self.codegen_reference(), x, bias, *sizes, *planes, repr(name))
         wrapper.writeline(f"qcompile_linear({', '.join(arguments)})")
+
+
+class PackedExperts(ir.ExternKernelOut):
+    """``x [T, K]`` by the experts that ``groups`` gives its rows to, each a packed N×K weight: ``[T, N]``."""
+
+    @classmethod
+    def create(cls, x: Node, planes: Sequence[Node], groups: Node, ends: bool, key: str, experts: int, n: int) -> Node:
+        x = _rows_of(cls, x)
+        (m, k), dtype = x.get_size(), x.get_dtype()
+        k, rows = V.graph.sizevars.guard_int(k), -(-n // TILE_N) * TILE_N
+        groups, *planes = (cls.require_contiguous(cls.realize_input(t)) for t in (groups, *planes))
+        spec, wide = scheme_of(key).format, groups.get_dtype() == torch.int64
+        sizes = [math.prod(spec.part_shape(p, rows, k)) * p.dtype.itemsize for p in spec.parts]
+        numbers = (DTYPES[dtype], wide, ends, m, experts, n, k, _kernels(key).padded(rows, k), x.get_stride()[0])
+        layout = ir.FixedLayout(x.get_device(), dtype, [m, n])
+        constants = (key, profiled_name(key, V.graph.current_node), sizes, *numbers)
+        made = cls(layout, [x, groups, *planes], constants, op_overload=ops.grouped_linear, python_kernel_name="qcompile_grouped")
+        return ir.TensorBox.create(made)
+
+    def codegen(self, wrapper: Any) -> None:
+        key, name, sizes, *numbers = self.constant_args
+        function = _imported(wrapper, key, "grouped")
+        x, groups, *planes = map(_address, self.inputs)
+        self.codegen_comment(wrapper)
+        arguments = (function, self.codegen_reference(), x, groups, *map(wrapper.codegen_python_sizevar, map(_as_int, numbers)),
+                     *planes, *map(str, sizes), repr(name))  # fmt: skip
+        wrapper.writeline(f"qcompile_grouped({', '.join(arguments)})")
+
+
+def _as_int(number: Any) -> Any:
+    """Booleans as C takes them; sizes may be symbols."""
+    return int(number) if isinstance(number, bool) else number
+
+
+def _rows_of(kernel: type[ir.ExternKernelOut], x: Node) -> Node:
+    """``x`` in memory, elements of a row one after the other."""
+    x = kernel.require_stride_order(kernel.realize_input(x), [1, 0])
+    if x.get_stride()[1] != 1:
+        x = kernel.copy_input(x)
+        x.freeze_layout()
+    return x
+
+
+def _imported(wrapper: Any, key: str, call: str) -> str:
+    """Has generated code import ``qcompile_{call}`` and the kernel of a scheme; the name of that."""
+    function = f"qcompile_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    wrapper.add_import_once("from qcompile.codegen.cpp_call import caller as qcompile_caller")
+    wrapper.add_import_once("from qcompile.inductor import linear_function as qcompile_function")
+    wrapper.add_import_once(f"qcompile_{call} = qcompile_caller().{call}")
+    wrapper.add_import_once(f"{function} = qcompile_function({key!r})")
+    return function
 
 
 def profiled_name(key: str, node: torch.fx.Node | None) -> str:

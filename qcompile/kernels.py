@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .errors import LayoutError
 from .formats import FormatSpec, Scheme, reference, scheme_of
 from .formats.moments import Three, use
 
@@ -37,6 +38,12 @@ class Kernels(Protocol):
 
     def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight ``[N, K]`` in ``dtype``."""
+
+    def grouped(
+        self, x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, experts: int, n: int
+    ) -> torch.Tensor:
+        """``x [T, K]``, each row times the transpose of its expert's matrix in a stack of ``experts`` → ``[T, N]``; ``groups``:
+        the expert of each row ``[T]``, or with ``ends`` one past the last row of each expert ``[experts]``."""
 
 
 def for_scheme(scheme: Scheme, device_type: str) -> Kernels:
@@ -142,6 +149,11 @@ class Prepared:
 
     def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
         return reference.in_place(self.spec, self.inner.decode(self._parts(planes), n, k, self._exact(dtype)), planes).to(dtype)
+
+    def grouped(
+        self, x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, experts: int, n: int
+    ) -> torch.Tensor:
+        raise LayoutError(f"{reference.why_no_stack(self.spec)}; choose {self.spec.plain.name}")
 
     def _exact(self, dtype: torch.dtype) -> torch.dtype:
         """What is multiplied by factors is rounded after that, once."""

@@ -13,11 +13,18 @@ import torch
 
 from . import kernels
 from .formats import Scheme, register_scheme, scheme_of
+from .formats.reference import matrix_of
 from .gradient import times_weight
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor[] planes, Tensor? bias, str scheme, int n) -> Tensor")
 _library.define("linear_grad(Tensor grad, Tensor[] planes, str scheme, int n, int k) -> Tensor")
+_WAITS = (torch.Tag.cudagraph_unsafe,)
+"""Of operators for which the host waits on a GPU: it must know which experts have rows."""
+_library.define("grouped_linear(Tensor x, Tensor[] planes, Tensor groups, bool ends, str scheme, int experts, int n) -> Tensor",
+                tags=_WAITS)  # fmt: skip
+_library.define("grouped_mm(Tensor x, Tensor[] planes, Tensor groups, bool ends, str scheme, int experts, int k) -> Tensor",
+                tags=_WAITS)  # fmt: skip
 _library.define("rows(Tensor[] planes, Tensor indices, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _library.define("decode(Tensor[] planes, str scheme, int n, int k, ScalarType dtype) -> Tensor")
 _library.define("kv_write(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor k, Tensor v, Tensor start, Tensor? table, "
@@ -39,6 +46,26 @@ def _linear(
 
 def _linear_grad(grad: torch.Tensor, planes: Sequence[torch.Tensor], scheme: str, n: int, k: int) -> torch.Tensor:
     return times_weight(grad, planes, scheme, n, k)
+
+
+def _grouped_linear(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, scheme: str, experts: int, n: int
+) -> torch.Tensor:
+    return kernels.for_key(scheme, x.device.type).grouped(x, planes, groups, ends, experts, n)
+
+
+def _grouped_mm(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, scheme: str, experts: int, k: int
+) -> torch.Tensor:
+    """Each row of ``x [T, N]`` times its expert's ``[N, K]``, which is decoded in x's dtype: ``[T, K]``. What gradients of
+    :func:`grouped_linear` are. Experts without rows are not decoded."""
+    found, rows = kernels.for_key(scheme, x.device.type), torch.arange(len(x), device=x.device)
+    own = torch.searchsorted(groups, rows, right=True) if ends else torch.where(groups < 0, groups + experts, groups)
+    out = x.new_zeros(len(x), k)
+    for expert in own[own < experts].unique().tolist():
+        here = own == expert
+        out[here] = x[here] @ found.decode(matrix_of(planes, experts, expert), x.shape[1], k, x.dtype)
+    return out
 
 
 def _decode(planes: Sequence[torch.Tensor], scheme: str, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -85,6 +112,8 @@ for _device in ("CPU", "CUDA"):
     _library.impl("sdpa", _sdpa, _device)
     _library.impl("linear", _linear, _device)
     _library.impl("linear_grad", _linear_grad, _device)
+    _library.impl("grouped_linear", _grouped_linear, _device)
+    _library.impl("grouped_mm", _grouped_mm, _device)
     _library.impl("rows", _rows, _device)
     _library.impl("decode", _decode, _device)
 
@@ -99,6 +128,20 @@ def _linear_fake(
 @torch.library.register_fake("qcompile::linear_grad")
 def _linear_grad_fake(grad: torch.Tensor, planes: Sequence[torch.Tensor], scheme: str, n: int, k: int) -> torch.Tensor:
     return grad.new_empty((*grad.shape[:-1], k))
+
+
+@torch.library.register_fake("qcompile::grouped_linear")
+def _grouped_linear_fake(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, scheme: str, experts: int, n: int
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], n))
+
+
+@torch.library.register_fake("qcompile::grouped_mm")
+def _grouped_mm_fake(
+    x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, scheme: str, experts: int, k: int
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], k))
 
 
 @torch.library.register_fake("qcompile::rows")
@@ -159,11 +202,27 @@ def _linear_grad_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return linear(grad, planes, None, exact, ctx.n), [None] * len(planes), None, None, None
 
 
+def _save_grouped(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, planes, groups, ctx.ends, ctx.scheme, ctx.experts, _ = inputs
+    ctx.save_for_backward(groups, *planes)
+    ctx.k = x.shape[-1]
+
+
+def _grouped_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """Gradient of x; packed weights have none."""
+    groups, *planes = ctx.saved_tensors
+    own = torch.ops.qcompile.grouped_mm(grad, planes, groups, ctx.ends, ctx.scheme, ctx.experts, ctx.k)
+    return own, [None] * len(planes), None, None, None, None, None
+
+
 torch.library.register_autograd("qcompile::linear", _linear_backward, setup_context=_save)
 torch.library.register_autograd("qcompile::linear_grad", _linear_grad_backward, setup_context=_save_grad)
+torch.library.register_autograd("qcompile::grouped_linear", _grouped_gradient, setup_context=_save_grouped)
 
 linear = torch.ops.qcompile.linear.default
 linear_grad = torch.ops.qcompile.linear_grad.default
+grouped_linear = torch.ops.qcompile.grouped_linear.default
+grouped_mm = torch.ops.qcompile.grouped_mm.default
 rows = torch.ops.qcompile.rows.default
 decode = torch.ops.qcompile.decode.default
 kv_write = torch.ops.qcompile.kv_write.default

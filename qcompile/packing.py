@@ -14,7 +14,7 @@ import torch
 
 from .errors import FingerprintError
 from .formats import Scheme, reference
-from .formats.layout import check_planes
+from .formats.layout import check_planes, matrix_shape
 from .formats.spec import FormatSpec
 from .store import code_version, count, the_store
 from .tensor import QuantizedTensor, tensor_class
@@ -43,14 +43,15 @@ def packed(
     weight: torch.Tensor, spec: FormatSpec, *, transposed: bool = False, layer: str = "weight", rounding: Any = "nearest",
     planes: Planes | None = None,
 ) -> Packed:  # fmt: skip
-    """``weight`` ``[N, K]`` (``[K, N]`` if ``transposed``) in ``spec``, from the store if it holds it, which it does afterwards.
+    """``weight`` ``[N, K]`` or ``[E, N, K]`` (``[…, K, N]`` if ``transposed``) in ``spec``, from the store if it holds it, which
+    it does afterwards.
 
     ``planes``: those that a calibration found (None: round to nearest, or by the format's own quantizer). ``rounding`` tells
     the store how, in text, numbers and lists of them; None keeps nothing. Processes that need the same weight at the same
     time quantize it once.
     Raises :class:`~qcompile.errors.WeightError`, naming ``layer``.
     """
-    matrix = weight.detach().t() if transposed else weight.detach()
+    matrix = weight.detach().mT if transposed else weight.detach()
 
     def make() -> Packed:
         made = planes if planes is not None else reference.quantize(spec, matrix, layer)
@@ -62,7 +63,7 @@ def packed(
         count("quantized")
         return make()
     with the_store().making("packed", parts) as slot:
-        found = _read(slot.found, spec, matrix.shape, weight.device) if slot.found is not None else None
+        found = _read(slot.found, spec, matrix_shape(matrix.shape), weight.device) if slot.found is not None else None
         if found is None:
             found = make()
             slot.put(lambda folder: _write(folder, found, spec))
@@ -81,7 +82,7 @@ def known(
     if folder is None:
         return None
     count("packed read")
-    return _read(folder, spec, weight.shape[::-1] if transposed else weight.shape, weight.device, mapped)
+    return _read(folder, spec, matrix_shape(weight.shape, transposed), weight.device, mapped)
 
 
 def _parts(weight: torch.Tensor, spec: FormatSpec, transposed: bool, rounding: Any) -> dict[str, Any]:
@@ -139,7 +140,8 @@ def _write(folder: Path, made: Packed, spec: FormatSpec) -> None:
 def _read(
     folder: Path, spec: FormatSpec, shape: Sequence[int], device: torch.device, mapped: bool = False
 ) -> Packed | None:
-    """Planes of an N×K weight, in memory of their own unless ``mapped``; None if another process has dropped the entry.
+    """Planes of a matrix of ``shape`` (N, K), in memory of their own unless ``mapped``; None if another process has dropped the
+    entry.
 
     Raises :class:`~qcompile.errors.LayoutError` for planes that do not fit.
     """

@@ -12,6 +12,7 @@ import torch
 
 from .errors import PolicyError, StrictError
 from .formats import Scheme, scheme_of
+from .formats.layout import matrix_shape
 
 LINEAR = frozenset({"linear", "addmm", "matmul"})
 """Operators of linear layers: what formats are for."""
@@ -28,6 +29,7 @@ ROLES = (
     "mlp.down_proj",
     "embed_tokens",
     "lm_head",
+    "router",
 )
 """What a layer can be for, as the graph tells it; a fused layer has several."""
 
@@ -49,8 +51,8 @@ class Site:
 
     ``name`` is the module's; ``node`` and ``weight`` are names of FX nodes (the weight's placeholder or
     attribute; None when it is no parameter) and ``parameter`` is the parameter's qualified name. ``shape``:
-    (N, K) = (out, in features) of a linear layer, the weight's own shape for other weights, q's for attention
-    (−1: dynamic). ``transposed``: the parameter is stored [K, N]. ``unsupported`` says why it cannot be
+    (N, K) = (out, in features) of a linear layer, (E, N, K) of experts, the weight's own shape for other weights, q's for
+    attention (−1: dynamic). ``transposed``: the parameter is stored [K, N] or [E, K, N]. ``unsupported`` says why it cannot be
     quantized at all. ``flops``: floating-point operations (a multiplication and an addition are two) that the
     products by the weight cost in one call, the first that was seen; 0 for what multiplies by no weight.
     ``source``: "file:line" of the model's code.
@@ -136,7 +138,7 @@ class Record:
         """The record of ``decision`` with the bytes that follow from shape and format, padding included."""
         site = decision.site
         packed = decision.scheme is not None and site.weight is not None
-        after = decision.scheme.format.nbytes(*site.shape) if packed else site.nbytes  # type: ignore[union-attr]
+        after = decision.scheme.format.nbytes(*matrix_shape(site.shape)) if packed else site.nbytes  # type: ignore[union-attr]
         return Record(decision, kernel, site.nbytes, after, sqnr)
 
 

@@ -15,9 +15,10 @@ import torch
 from .errors import PolicyError, UnknownFormatError
 from .formats import FormatSpec, Scheme, scheme_of
 from .formats.ranges import why_no_range
+from .formats.reference import why_no_stack
 from .gguf_presets import ALWAYS, GGUF_PRESETS, Place, places
 from .plan import ROLES, Decision, Site
-from .presets import DEFAULT, PRESETS, default_preset
+from .presets import DEFAULT, PRESETS, ROUTERS, default_preset
 from .rules import Rule, rules_from, scheme_from, scheme_named
 from .target import Target
 
@@ -65,7 +66,8 @@ class Policy:
 
         None: fp8 where the device computes it, else int8. A string: a preset ("fp8", "int8", "int4", "mixed",
         each of the first three also with "_dynamic"), a mixture of llama.cpp's ("Q4_K_M"), any registered format,
-        or "float". A :class:`Scheme` or :class:`FormatSpec`: every linear layer. A mapping, or a sequence of
+        or "float". A :class:`Scheme` or :class:`FormatSpec`: every linear layer but routers of experts, which presets
+        leave too. A mapping, or a sequence of
         pairs, from pattern to value: ordered rules; values are formats' names, Schemes, FormatSpecs, or "fp16",
         "bf16", "fp32", "float", None for "leave it in floating point". Raises :class:`PolicyError` for malformed
         values and a pattern that comes twice, :class:`~qcompile.errors.UnknownFormatError` for unknown names.
@@ -76,12 +78,12 @@ class Policy:
             return Policy(DEFAULT, (), explicit=False)
         if isinstance(value, str):
             names = {*PRESETS, *GGUF_PRESETS}
-            lines = GGUF_PRESETS.get(value) or PRESETS.get(value, (("*", value),))
+            lines = GGUF_PRESETS.get(value) or PRESETS.get(value, (ROUTERS, ("*", value)))
             return Policy(value, [Rule(p, scheme_named(v, names), *when) for p, v, *when in lines], explicit=False)
         if isinstance(value, (Scheme, FormatSpec)):
             scheme = scheme_from("*", value)
             assert scheme is not None
-            return Policy(scheme.label, [Rule("*", scheme)], explicit=False)
+            return Policy(scheme.label, [Rule(ROUTERS[0], None), Rule("*", scheme)], explicit=False)
         return Policy("rules", rules_from(value), explicit=True)
 
     def as_dict(self) -> dict[str, Any]:
@@ -195,6 +197,8 @@ class Policy:
             reason = f"{site.operator} has no quantized kernel"
         if reason is None and not shared and not site.takes(rule):
             reason = f"rule {rule.pattern!r} means linear layers; name {site.name!r} in a rule of its own to have it"
+        if reason is None and len(site.shape) == 3 and site.is_linear:
+            reason = why_no_stack(rule.scheme.format)
         if reason is None and site.operator == "attention":
             reason = why_no_range(rule.scheme.format)
         if reason is None and site.dtype not in WEIGHT_DTYPES:

@@ -12,14 +12,19 @@ FLOATS = frozenset({"float", "fp32", "fp16", "bf16"})
 DYNAMIC = "_dynamic"
 """Ending of a format's name that adds activations quantized per token: int8, or fp8 for float formats."""
 
+ROUTERS = ("role:router", "float")
+"""What every policy without rules of the user's own begins with: routers are small, and a wrong choice of experts is no small
+error."""
+
 PRESETS: dict[str, tuple[tuple[str, str], ...]] = {
-    "int8": (("*", "int8"),),
-    "fp8": (("*", "fp8"),),
-    "int4": (("role:lm_head", "int8"), ("*", "int4")),
-    "int8_dynamic": (("*", "int8_dynamic"),),
-    "fp8_dynamic": (("*", "fp8_dynamic"),),
-    "int4_dynamic": (("role:lm_head", "int8_dynamic"), ("*", "int4_dynamic")),
+    "int8": (ROUTERS, ("*", "int8")),
+    "fp8": (ROUTERS, ("*", "fp8")),
+    "int4": (ROUTERS, ("role:lm_head", "int8"), ("*", "int4")),
+    "int8_dynamic": (ROUTERS, ("*", "int8_dynamic")),
+    "fp8_dynamic": (ROUTERS, ("*", "fp8_dynamic")),
+    "int4_dynamic": (ROUTERS, ("role:lm_head", "int8_dynamic"), ("*", "int4_dynamic")),
     "mixed": (
+        ROUTERS,
         ("role:embed_tokens", "float"),
         ("role:lm_head", "float"),
         ("role:attention.*", "fp8"),

@@ -15,7 +15,7 @@ import torch
 from . import ops
 from .errors import UnsupportedOnTensorError
 from .formats import Scheme, find, reference, register_scheme, scheme_of
-from .formats.layout import check_planes
+from .formats.layout import check_planes, matrix_shape
 
 
 class QuantizedTensor(torch.Tensor):
@@ -23,7 +23,8 @@ class QuantizedTensor(torch.Tensor):
 
     There is one subclass for each scheme and orientation (:func:`tensor_class`), so type, shape and dtype alone decide
     the shapes of all planes. ``transposed`` classes present the weight as ``[K, N]`` (GPT-2's Conv1D, ``.t()``); planes
-    are always those of the ``[N, K]`` weight. ``dtype`` is what :meth:`dequantize` gives. Not differentiable itself;
+    are always those of the ``[N, K]`` weight. With three dimensions it is a stack of matrices, a layer's experts:
+    ``[E, N, K]``, or ``[E, K, N]`` if transposed. ``dtype`` is what :meth:`dequantize` gives. Not differentiable itself;
     operators on it have gradients for their float inputs.
     """
 
@@ -42,9 +43,14 @@ class QuantizedTensor(torch.Tensor):
 
     @property
     def nk(self) -> tuple[int, int]:
-        """(N, K): output and input features."""
-        rows, cols = self.shape
+        """(N, K): output and input features; of each matrix of a stack."""
+        rows, cols = self.shape[-2:]
         return (cols, rows) if self.transposed else (rows, cols)
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """(rows, K) of the one matrix that the planes are laid out as; see :func:`~qcompile.formats.layout.matrix_shape`."""
+        return matrix_shape(self.shape, self.transposed)
 
     @property
     def planes(self) -> list[torch.Tensor]:
@@ -63,9 +69,10 @@ class QuantizedTensor(torch.Tensor):
 
     def dequantize(self) -> torch.Tensor:  # type: ignore[override]
         """The float tensor of this shape and dtype that the planes stand for."""
-        n, k = self.nk
-        weight = ops.decode(self.planes, self.key, n, k, self.dtype)
-        return weight.t() if self.transposed else weight
+        weight = ops.decode(self.planes, self.key, *self.stored_shape, self.dtype)
+        if self.dim() == 3:
+            weight = weight.unflatten(0, (self.shape[0], -1))[:, : self.nk[0]]
+        return weight.mT if self.transposed else weight
 
     def with_planes(
         self, planes: Sequence[torch.Tensor], shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
@@ -86,10 +93,12 @@ class QuantizedTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        from .experts import NAMED
         from .tensor_ops import FUNCTIONS
 
-        if func in FUNCTIONS:
-            return FUNCTIONS[func](*args, **(kwargs or {}))
+        found = FUNCTIONS.get(func) or NAMED.get(getattr(func, "_qualified_op_name", ""))
+        if found is not None:
+            return found(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -97,16 +106,18 @@ class QuantizedTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        from .experts import implementation
         from .tensor_ops import ATEN
 
-        if func not in ATEN and guessing():
-            return func(*_floats(args), **_floats(kwargs or {}))
-        if func not in ATEN:
+        found = implementation(func, args) or ATEN.get(func)
+        if found is None and guessing():
+            return func(*floats(args), **floats(kwargs or {}))
+        if found is None:
             raise UnsupportedOnTensorError(
                 f"{func} is not defined on a weight packed as {cls.scheme.label}; call .dequantize() for a float tensor, "
                 "or leave this layer in float by a policy rule"
             )
-        return ATEN[func](*args, **(kwargs or {}))
+        return found(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
@@ -150,8 +161,11 @@ def guessing() -> bool:
     return getattr(_trace, "guesses", False)
 
 
-def _floats(values: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, values)
+def floats(values: Any) -> Any:
+    """``values`` with packed weights, and what stands for parts of them, decoded."""
+    from .experts import Chosen
+
+    return torch.utils._pytree.tree_map_only((QuantizedTensor, Chosen), lambda t: t.dequantize(), values)
 
 
 _CLASS_NAME = re.compile(r"Quantized_(?P<format>\w+?)(?P<activations>__act_(int8|fp8))?(?P<transposed>__t)?")
@@ -185,11 +199,12 @@ def __getattr__(name: str) -> type[QuantizedTensor]:
 def quantize(
     weight: torch.Tensor, scheme: Scheme, *, transposed: bool = False, layer: str = "weight"
 ) -> QuantizedTensor:
-    """Packs a float weight ``[N, K]`` (``[K, N]`` if ``transposed``) by round-to-nearest or the format's own quantizer.
+    """Packs a float weight ``[N, K]`` (``[K, N]`` if ``transposed``), or a stack ``[E, …]`` of such, by round-to-nearest or the
+    format's own quantizer.
 
     Peak memory is the planes plus one chunk of rows. Raises :class:`~qcompile.errors.WeightError`, naming ``layer``.
     """
-    matrix = weight.detach().t() if transposed else weight.detach()
+    matrix = weight.detach().mT if transposed else weight.detach()
     planes = reference.quantize(scheme.format, matrix, layer)
     return tensor_class(scheme, transposed)(planes, weight.shape, weight.dtype)
 
@@ -205,7 +220,7 @@ def rebuild(
     """Makes a tensor from what :func:`torch.save` wrote. Raises ``UnknownFormatError`` for a format this process does
     not know, ``LayoutError`` for planes that do not fit the shape."""
     made = tensor_class(scheme_of(key), transposed)(planes, shape, dtype)
-    check_planes(made.scheme.format, planes, *made.nk)
+    check_planes(made.scheme.format, planes, *made.stored_shape)
     return as_parameter(made) if parameter else made
 
 

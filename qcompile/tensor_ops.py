@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import ops
+from . import expert_views, experts, ops
 from .errors import UnsupportedOnTensorError
 from .formats import ALL, ROW, Plane, reference
 from .formats.layout import by_plane, pack_plane, unpack_plane
@@ -23,7 +23,8 @@ from .multihead import multi_head
 from .tensor import QuantizedTensor, tensor_class
 
 aten = torch.ops.aten
-FUNCTIONS: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head}
+FUNCTIONS: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head, **experts.FUNCTIONS,
+                                              **expert_views.VIEWS}  # fmt: skip
 """``__torch_function__``: functions that must be seen before PyTorch decomposes them."""
 ATEN: dict[Any, Callable[..., Any]] = {}
 """``__torch_dispatch__``: ATen operators."""
@@ -157,7 +158,7 @@ def _copy_(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> 
 def _packed_as(w: QuantizedTensor, floats: torch.Tensor) -> list[torch.Tensor]:
     """Planes of ``floats``, rounded to nearest in the format of ``w`` under its factors for columns."""
     spec = w.scheme.format
-    matrix = floats.t() if w.transposed else floats
+    matrix = floats.mT if w.transposed else floats
     return reference.quantize(spec, matrix, factors=w.planes[-1] if spec.scaled else None)
 
 

@@ -22,8 +22,8 @@ STREAM_BYTES = 1 << 28
 
 def times(model: nn.Module, records: Iterable[Record]) -> dict[tuple[str, str], Timing]:
     """Seconds of one call, by site key, of every linear layer in ``records`` with its weight as ``model`` holds it now, on
-    random inputs of as many rows as the first call had. Layers of one kind are timed once. Weights on the meta device, and
-    sites that no call has counted, have none."""
+    random inputs of as many rows as the first call had. Layers of one kind are timed once. Weights on the meta device, experts
+    (how rows meet them is the router's choice), and sites that no call has counted, have none."""
     known: dict[tuple[object, ...], Timing] = {}
     found: dict[tuple[str, str], Timing] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -20,7 +20,7 @@ from .codegen.kept import parts_of
 from .codegen.triton_attention import TritonAttention
 from .errors import FormatError, LayoutError, UnknownFormatError
 from .formats import find, scheme_of
-from .formats.layout import check_planes
+from .formats.layout import check_planes, matrix_shape
 from .store.entry import FILES, Entry
 
 GENERATORS: dict[str, Callable[..., str]] = {
@@ -53,7 +53,7 @@ class Verified:
 
         try:
             name, _, fingerprint = entry.parts["format"].partition("@")
-            n, k = entry.parts["shape"][:: -1 if entry.parts["transposed"] else 1]
+            n, k = matrix_shape(entry.parts["shape"], entry.parts["transposed"])
             spec = find(name)
             if spec is None or spec.fingerprint != fingerprint:
                 return False

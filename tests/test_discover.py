@@ -132,7 +132,7 @@ class Odd(nn.Module):
             F.linear(x, self.summed),
             self.summed.sum(),
             self.left @ x[0],
-            x @ self.cube,
+            x[None] @ self.cube,
             torch.addmm(x[0, 0, :8], x[0], self.scaled, alpha=2),
             F.linear(x, self.both),
             x @ self.both,
@@ -142,7 +142,7 @@ class Odd(nn.Module):
             self.mha(x, x, x)[0],
             self.crossed(x, x + 1, x + 1)[0],
             self.longer(x, x, x)[0],
-            torch.bmm(x.expand(2, -1, -1), self.experts),
+            torch.baddbmm(x.new_zeros(1), x.expand(2, -1, -1), self.experts),
             F.linear(x, x[0]),
             x @ x.mT,
         ]
@@ -172,7 +172,7 @@ def test_weights_that_cannot_be_packed_say_why() -> None:
         ("longer.out_proj", "linear"): "adds rows",
         ("longer.bias_k", "other"): "multi_head_attention_forward",
         ("longer.bias_v", "other"): "multi_head_attention_forward",
-        ("experts", "matmul"): "bmm",
+        ("experts", "matmul"): "baddbmm",
     }
     for key, words in expected.items():
         assert words in reasons.pop(key), key

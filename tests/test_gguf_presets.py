@@ -17,7 +17,7 @@ from qcompile.policy import Policy
 from qcompile.target import Target
 
 CPU = Target("cpu", "AVX512")
-Q, K, V, O, GATE, UP, DOWN, EMBED, HEAD = ROLES  # noqa: E741 — the field's letters
+Q, K, V, O, GATE, UP, DOWN, EMBED, HEAD, _ = ROLES  # noqa: E741 — the field's letters
 WIDTH = 256
 
 

@@ -95,7 +95,8 @@ def test_every_attention_and_mlp_has_all_its_roles(name: str) -> None:
     _, _, attentions, embeddings, heads = ZOO[name]
     mlps = 2 if name.startswith("t5") else attentions
     counted = Counter(role for site in sites.values() for role in site.roles)
-    expected = [attentions] * 4 + [mlps] * 3 + [embeddings, heads]
+    routers = 0
+    expected = [attentions] * 4 + [mlps] * 3 + [embeddings, heads, routers]
     assert counted == {role: n for role, n in zip(ROLES, expected, strict=True) if n}
     assert sum(s.operator == "attention" for s in sites.values()) == attentions
     assert all(s.unsupported is None for s in sites.values() if s.is_linear)

@@ -11,14 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "target", "names", "logs", "variables"},
+    {"errors", "target", "names", "logs", "variables", "einsum"},
     {"store", "formats", "artifacts", "autoload"},
     {"codegen"},
     {"kernels", "doctor"},
     {"gradient"},
     {"ops"},
     {"inductor", "qat"},
-    {"tensor", "tensor_ops", "multihead", "kv_cache"},
+    {"tensor", "tensor_ops", "experts", "expert_views", "multihead", "kv_cache"},
     {"packing"},
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "rounding"},
     {"tracing"},

@@ -51,7 +51,10 @@ def shown(reports: Report) -> str:
     return "\n".join(", ".join(f"{k}={r[k]}" for k in (*keys, *more) if k in r) for r in reports)
 
 
-@pytest.mark.parametrize("check", ["correction", "decode", "product", "quantized", "select", "bfloat16", "shape", "old mma"])
+CHECKS = ("correction", "decode", "product", "quantized", "select", "bfloat16", "shape", "experts", "old mma")
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_interpreted_kernels_match_the_reference(programs: dict[str, Report], check: str) -> None:
     done = [r for r in programs["interpreter"] if r["check"] == check]
     assert done

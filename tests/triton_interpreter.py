@@ -199,6 +199,24 @@ def shapes_of_x(kernels: TritonKernels) -> Iterator[Case]:
     yield "no rows", 0.0 if empty.shape == (0, 5, n) else 1.0, 0.5
 
 
+def experts(kernels: TritonKernels) -> Iterator[Case]:
+    """Of four experts, rows padded to tiles, those that have rows; sorted rows and rows in any order."""
+    spec, (count, n, k) = kernels.scheme.format, (4, 40, 128)
+    planes = all_codes(spec, count * 48, k)
+    weight = reference.decode(spec, planes, count * 48, k).double().view(count, 48, k)[:, :n]
+    x = torch.randn(20, k)
+    for case, groups, own in (
+        ("sorted", torch.tensor([17, 17, 18, 20]), torch.tensor([0] * 17 + [2] + [3] * 2)),
+        ("in any order", torch.arange(20) % 3, torch.arange(20) % 3),
+        ("counted from the end", torch.full((20,), -1), torch.full((20,), 3)),
+    ):
+        want = torch.bmm(weight[own], x.double().unsqueeze(-1)).squeeze(-1)
+        got = kernels.grouped(x, planes, groups, case == "sorted", count, n)
+        yield case, relative(got, want), ROUNDING[x.dtype] * 4
+    spare = kernels.grouped(x, planes, torch.tensor([1, 1, 1, 1]), True, count, n)
+    yield "rows of no expert", float(spare[1:].abs().max()), 0.0
+
+
 def old_mma(kernels: TritonKernels) -> Iterator[Case]:
     quads, sums = tiles.quads, tiles.sum_load
     tiles.quads, tiles.sum_load = (lambda *_: True), (lambda *_: True)
@@ -248,6 +266,7 @@ def main() -> None:
             run("bfloat16", bfloat16_elements, scheme)
         if scheme.format.name in SHAPED:
             run("shape", shapes_of_x, scheme)
+            run("experts", experts, scheme)
             run("old mma", old_mma, scheme)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from ..comparison import arguments
 from ..errors import CompareError, PolicyError
 from ..formats import Scheme, get
+from ..formats.layout import matrix_shape
 from ..options import Options
 from ..passes.trace_ahead import conversions_of
 from ..plan import Site
@@ -41,12 +43,11 @@ class Layer:
 
     @property
     def weights(self) -> int:
-        n, k = self.site.shape
-        return n * k
+        return math.prod(self.site.shape)
 
     def nbytes(self, scheme: Scheme | None) -> int:
         """Stored bytes, padding included."""
-        return self.float_bytes if scheme is None else scheme.format.nbytes(*self.site.shape)
+        return self.float_bytes if scheme is None else scheme.format.nbytes(*matrix_shape(self.site.shape))
 
     def packed(self, model: nn.Module, scheme: Scheme) -> QuantizedTensor:
         """Raises :class:`~qcompile.errors.WeightError`, naming the layer."""
@@ -101,7 +102,8 @@ def schemes_of(formats: Iterable[Any] | None, layer: Layer) -> list[Scheme | Non
 
 
 class Times:
-    """Seconds of one token through a layer, by the layer's kernel; layers of one shape and dtype are timed once."""
+    """Seconds of one token through a layer, or one expert of it, by the layer's kernel; layers of one shape and dtype are timed
+    once."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -112,7 +114,8 @@ class Times:
         kind = (layer.site.shape, layer.site.transposed, weight.dtype, weight.device, scheme)
         if kind not in self._known:
             stored: torch.Tensor = weight.detach() if scheme is None else layer.packed(self._model, scheme)
+            stored = stored[0] if stored.dim() == 3 else stored
             matrix = stored.t() if layer.site.transposed else stored
-            x = torch.randn(1, layer.site.shape[1], device=weight.device).to(weight.dtype)
+            x = torch.randn(1, layer.site.shape[-1], device=weight.device).to(weight.dtype)
             self._known[kind] = seconds(functools.partial(F.linear, x, matrix), weight.device)
         return self._known[kind]

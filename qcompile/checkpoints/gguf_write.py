@@ -93,7 +93,7 @@ def _type_of(tensor: QuantizedTensor, name: str) -> str:
     spec = tensor.scheme.format
     for kind in BLOCKS:
         known = find(kind)
-        if known is not None and known.fingerprint == spec.fingerprint and not tensor.transposed:
+        if known is not None and known.fingerprint == spec.fingerprint and not tensor.transposed and tensor.dim() == 2:
             return kind
     raise UnsupportedCheckpointError(f"{name}: GGUF has no type for {tensor}; quantize with one of {', '.join(BLOCKS)}, or a "
                                      "policy like 'Q4_K_M'")  # fmt: skip

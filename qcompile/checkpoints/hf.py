@@ -22,7 +22,7 @@ from ..passes.convert import Conversion
 from ..passes.trace_ahead import conversions_of
 from ..policy import Policy
 from ..recorder import recorder_of
-from ..tensor import as_parameter, tensor_class
+from ..tensor import QuantizedTensor, as_parameter, tensor_class
 from . import own
 from .files import MappedFile, Stored, TensorFiles, safetensors_header
 from .save import flattened
@@ -97,6 +97,8 @@ class QCompileQuantizer(HfQuantizer):  # type: ignore[misc]
         return {"deserialize": _Attach}
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        if any(isinstance(p, QuantizedTensor) and p.dim() == 3 for p in model.parameters()):
+            model._weight_conversions = []  # those of the architecture would split experts as if they were float
         tensors, entry = flattened(model)
         return tensors, {own.KEY: entry}
 
@@ -140,7 +142,7 @@ class _Attach(ConversionOps):  # type: ignore[misc]
         spec = weight.scheme.format
         planes = [input_dict[f"{own_name}.{p}"][0] for p in spec.part_names]
         made = tensor_class(weight.scheme, weight.transposed)(planes, weight.shape, weight.dtype or torch.float32)
-        check_planes(spec, planes, *made.nk, full_layer_name)
+        check_planes(spec, planes, *made.stored_shape, full_layer_name)
         return {full_layer_name: as_parameter(made)}
 
 

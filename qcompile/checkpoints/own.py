@@ -11,7 +11,7 @@ import torch
 from ..errors import CheckpointError, CorruptCheckpointError, FormatError, QCompileError
 from ..formats import FormatSpec, Scheme, find, register_format, serial
 from ..formats.algebra import affine
-from ..formats.layout import check_planes
+from ..formats.layout import check_planes, matrix_shape
 from ..plan import Plan
 from .files import Stored, TensorFiles, parse_json
 from .weight import Checkpoint, Weight, finite, part, plain
@@ -108,10 +108,10 @@ def _weight(name: str, entry: Any, specs: Mapping[str, FormatSpec], files: Tenso
     dtype = getattr(torch, str(entry.get("dtype")), None)
     if spec is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise CorruptCheckpointError(f"{name}: expected one of the formats {', '.join(specs)} and a float dtype, found {entry}")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(type(s) is int and 0 <= s < 2**31 for s in shape)):
-        raise CorruptCheckpointError(f"{name}: expected a shape of two numbers, found {shape}")
+    if not (isinstance(shape, list) and len(shape) in (2, 3) and all(type(s) is int and 0 <= s < 2**31 for s in shape)):
+        raise CorruptCheckpointError(f"{name}: expected a shape of two or three numbers, found {shape}")
     transposed = entry.get("transposed") is True
-    n, k = shape[::-1] if transposed else shape
+    n, k = matrix_shape(shape, transposed)
     try:
         scheme = Scheme(spec, entry.get("activations"))
     except (FormatError, TypeError) as error:

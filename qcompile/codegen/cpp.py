@@ -18,7 +18,7 @@ import torch
 from ..errors import LayoutError
 from ..formats.layout import check_planes
 from ..formats.scheme import Scheme
-from ..formats.spec import ROW
+from ..formats.spec import ROW, TILE_N
 from .cpp_build import load_library
 from .cpp_call import caller
 from .cpp_format import format_struct
@@ -91,7 +91,7 @@ class CpuKernels:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         planes = (pointer,) * len(scheme.format.parts)
         self.address: int = ctypes.cast(library.qc_linear, pointer).value or 0
-        self._call, self._name = caller().linear, f"qcompile::linear {scheme.label}"
+        self._call, self._grouped, self._name = caller().linear, caller().grouped, f"qcompile::linear {scheme.label}"
         self._decode = library.qc_decode
         self._decode.argtypes = [pointer, number, number, size, size, size, *planes]
         self._decode.restype = None
@@ -133,6 +133,34 @@ class CpuKernels:
             bias = self._bias(bias, n)
             bias_dtype = DTYPES[bias.dtype]
         self._call(self.address, y, x2, bias, dtype, bias_dtype, rows, n, k, padded, x2.stride(0), *planes, self._name)
+        return y
+
+    def grouped(
+        self, x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, experts: int, n: int
+    ) -> torch.Tensor:
+        """x ``[T, K]``, each row times the transposed weight of its expert: ``[T, n]`` in x's dtype.
+
+        ``planes`` are the stored tensors of a stack of ``experts`` n×K weights. ``groups`` is integer: ``[T]``, the expert of
+        each row; or with ``ends`` ``[experts]``, one past the last row of each, rows being sorted by expert (those beyond the
+        last give zeros). Only experts that have rows are read. Raises :class:`LayoutError` for tensors that do not fit, and
+        ``IndexError`` for numbers out of range.
+        """
+        label = self.scheme.label
+        wanted = (experts,) if ends else x.shape[:1]
+        if x.dtype not in DTYPES or x.dim() != 2 or not x.is_cpu:
+            raise LayoutError(f"{label}: x must be [T, K] float32, float16 or bfloat16 on the CPU, found {list(x.shape)} "
+                              f"{x.dtype} on {x.device}; reshape or convert it first")  # fmt: skip
+        if groups.dtype not in (torch.int32, torch.int64) or groups.shape != wanted or not groups.is_cpu:
+            raise LayoutError(f"{label}: {'ends' if ends else 'numbers'} of experts must be int32 or int64 {list(wanted)} on the "
+                              f"CPU, found {groups.dtype} {list(groups.shape)} on {groups.device}")  # fmt: skip
+        (m, k), rows = x.shape, -(-n // TILE_N) * TILE_N
+        padded = self._checked(planes, experts * rows, k)
+        if x.stride(1) != 1 and k > 1:
+            x = x.contiguous()
+        y, groups = torch.empty(m, n, dtype=x.dtype), groups.contiguous()
+        sizes = (p.nbytes // experts for p in planes)
+        self._grouped(self.address, y, x, groups, DTYPES[x.dtype], groups.dtype == torch.int64, ends, m, experts, n, k, padded,
+                      x.stride(0), *planes, *sizes, self._name)  # fmt: skip
         return y
 
     def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import KernelBuildError
+from ..formats.reference import matrix_of
 from ..formats.scheme import Scheme
 from ..store import code_version, count, the_store
 from ..target import Target, of
@@ -198,6 +200,23 @@ class TritonKernels:
         return {"scheme": self.scheme.key, "variant": asdict(chosen), "arch": arch, "triton": triton.__version__,
                 "code": code_version("qcompile.formats", "qcompile.codegen")}  # fmt: skip
 
+    def grouped(
+        self, x: torch.Tensor, planes: Sequence[torch.Tensor], groups: torch.Tensor, ends: bool, experts: int, n: int
+    ) -> torch.Tensor:
+        """``x[T, K]``, each row times its expert's N×K weight in a stack of ``experts``: ``[T, N]`` in ``x``'s dtype.
+
+        ``groups``: the expert of each row ``[T]``, or with ``ends`` one past the last row of each expert ``[experts]``, rows
+        being sorted by expert and those beyond the last giving zeros. One product for each expert that has rows, which the host
+        must know: it waits for ``groups``. Raises ``IndexError`` for numbers out of range.
+        """
+        out = torch.zeros(x.shape[0], n, dtype=x.dtype, device=x.device)
+        order, bounds = rows_by_expert(groups, ends, experts, x.shape[0])
+        for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            if start < stop:
+                rows = slice(start, stop) if order is None else order[start:stop]
+                out[rows] = self.linear(x[rows], matrix_of(planes, experts, expert), None, n)
+        return out
+
     def decode(self, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
         """The ``[N, K]`` weight of ``planes`` in ``dtype``, computed in float32 and rounded once."""
         out = torch.empty(n, k, dtype=dtype, device=planes[0].device)
@@ -224,6 +243,22 @@ class TritonKernels:
         if interpreting():
             return Target("cuda", "90")
         raise KernelBuildError(f"Triton kernels run on CUDA tensors, found one on {x.device}; move it, or use the CPU kernels")
+
+
+def rows_by_expert(
+    groups: torch.Tensor, ends: bool, experts: int, rows: int
+) -> tuple[torch.Tensor | None, list[int]]:
+    """The ``rows`` in the order of their experts (None: as they are), and where those of each begin, with an end behind."""
+    if ends:
+        bounds = [0, *groups.tolist()]
+        if sorted(bounds) != bounds or bounds[-1] > rows:
+            raise IndexError(f"offsets of experts must rise, up to the number of rows ({experts} experts, {rows} rows)")
+        return None, bounds
+    own = torch.where(groups < 0, groups + experts, groups)
+    counts = torch.bincount(own.clamp(-1, experts) + 1, minlength=experts + 2).tolist()
+    if counts[0] or counts[-1]:
+        raise IndexError(f"the number of an expert is out of range ({experts} experts, {rows} rows)")
+    return own.argsort(stable=True), list(itertools.accumulate(counts[1:-1], initial=0))
 
 
 def interpreted(variant: Variant) -> Variant:

@@ -9,6 +9,9 @@ scale vectors contiguous. Codes of 3, 5, 6 and 7 bits are the sum of several suc
 Scales are ``[N/16, entries, 16]`` in their own dtype; integer scales below 8 bits have 8/b consecutive entries in a byte,
 the first in the lowest bits. Scales that rows share have one entry for each tile of 16 rows, ``[N/16, entries, 1]``.
 Padding is zero.
+
+A stack of E matrices ``[E, N, K]``, the experts of a layer, is stored as its matrices one after the other, each with its
+rows padded to whole tiles: the planes of an (E·N)×K matrix where N is a multiple of 16. No scale serves two of them.
 """
 
 from __future__ import annotations
@@ -20,6 +23,17 @@ import torch
 
 from ..errors import LayoutError
 from .spec import ALL, ROW, TILE_N, FormatSpec, Part, Plane
+
+
+def matrix_shape(shape: Sequence[int], transposed: bool = False) -> tuple[int, int]:
+    """(rows, K) of the matrix whose planes hold a weight ``[N, K]`` or a stack ``[E, N, K]`` (``[…, K, N]`` if ``transposed``).
+
+    Raises :class:`LayoutError` for any other number of dimensions.
+    """
+    if len(shape) not in (2, 3):
+        raise LayoutError(f"a weight of shape {list(shape)}: planes hold matrices [N, K] and stacks of them [E, N, K]")
+    n, k = shape[:-3:-1] if transposed else shape[-2:]
+    return (n, k) if len(shape) == 2 else (shape[0] * -(-n // TILE_N) * TILE_N, k)
 
 
 def pack_plane(spec: FormatSpec, plane: Plane, entries: torch.Tensor, n: int, k: int) -> list[torch.Tensor]:

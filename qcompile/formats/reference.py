@@ -9,7 +9,7 @@ import torch
 from ..errors import FormatError, WeightError
 from .algebra import affine, torch_function
 from .codes import gen_values, nearest_code, reach
-from .layout import by_plane, check_planes, pack_plane, unpack_plane
+from .layout import by_plane, check_planes, matrix_shape, pack_plane, unpack_plane
 from .search import fit, inverted, whole_tensor
 from .spec import ALL, ROW, TILE_N, FormatSpec
 from .storage import Entries
@@ -22,13 +22,17 @@ def quantize(
     spec: FormatSpec, weight: torch.Tensor, layer: str = "weight", importance: torch.Tensor | None = None,
     factors: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Quantizes a float ``[N, K]`` weight; returns the stored planes in spec order.
+    """Quantizes a float ``[N, K]`` weight, or each matrix of a stack ``[E, N, K]`` by itself; returns the stored planes in spec
+    order.
 
     ``importance``, float ``[K]``, not negative, weighs the squared error of each input's weights (None: all equal).
     ``factors``, float ``[K]``, positive, are those of a scaled format (None: 1): the weight over them is what is rounded.
     Rows are worked on in chunks, so peak memory is the planes plus one chunk. Raises :class:`WeightError` for a
-    weight that is not a 2-D float tensor or has NaN or infinite values.
+    weight that is not a 2-D float tensor or has NaN or infinite values, :class:`FormatError` for a stack in a format with
+    planes for columns.
     """
+    if weight.dim() == 3:
+        return _stacked(spec, weight, layer)
     check_weight(weight, layer)
     if importance is not None and (importance.shape != weight.shape[1:] or not (importance >= 0).all()):
         raise WeightError(f"{layer}: importance must be [{weight.shape[1]}] and not negative, found {list(importance.shape)}")
@@ -58,6 +62,30 @@ def shared_rows(spec: FormatSpec, weight: torch.Tensor, fixed: Entries) -> int |
     """Elements of a chunk where all rows must be in one, because they share an entry that is not ``fixed``; else None."""
     shared = any(p.rows == ALL and p.name not in fixed for p in spec.scales)
     return 2 * weight.numel() if shared else None
+
+
+def _stacked(spec: FormatSpec, weight: torch.Tensor, layer: str) -> list[torch.Tensor]:
+    """Planes of a stack of matrices, each quantized by itself: they share no scale, not even one for a whole tensor."""
+    if spec.columns:
+        raise FormatError(f"{layer}: {why_no_stack(spec)}; choose {spec.plain.name}")
+    rows, k = matrix_shape(weight.shape)
+    stored = [torch.empty(spec.part_shape(p, rows, k), dtype=p.dtype, device=weight.device) for p in spec.parts]
+    for i, matrix in enumerate(weight):
+        for whole, part in zip(stored, quantize(spec, matrix, f"{layer}[{i}]"), strict=True):
+            whole[i * len(part) : (i + 1) * len(part)] = part
+    return stored
+
+
+def why_no_stack(spec: FormatSpec) -> str | None:
+    """Why ``spec`` cannot hold a stack of matrices, if it cannot."""
+    if not spec.columns:
+        return None
+    return f"format {spec.name} keeps {' and '.join(spec.columns)} of the columns of one matrix; experts are several"
+
+
+def matrix_of(planes: Sequence[torch.Tensor], count: int, index: int) -> list[torch.Tensor]:
+    """Planes of matrix ``index`` of a stack of ``count``, as views."""
+    return [p.unflatten(0, (count, -1))[index] for p in planes]
 
 
 def columns(spec: FormatSpec, k: int, device: torch.device, factors: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -244,15 +272,19 @@ def tile_rows(spec: FormatSpec, planes: Sequence[torch.Tensor], start: int, coun
 
 
 def sqnr(spec: FormatSpec, planes: Sequence[torch.Tensor], weight: torch.Tensor) -> float:
-    """Signal-to-quantization-noise ratio in dB, 10·log10(Σ w² / Σ (w − ŵ)²), of stored ``planes`` against ``weight`` [N, K].
+    """Signal-to-quantization-noise ratio in dB, 10·log10(Σ w² / Σ (w − ŵ)²), of stored ``planes`` against ``weight`` [N, K] or
+    [E, N, K].
 
     Worked in row chunks, sums in float64. Infinite when the format holds the weight exactly.
     """
-    k, signal, noise = weight.shape[1], 0.0, 0.0
-    for start, chunk in chunks(spec, weight):
-        decoded = decode(spec, tile_rows(spec, planes, start, len(chunk)), len(chunk), k)
-        signal += float(chunk.square().sum(dtype=torch.float64))
-        noise += float(chunk.sub(decoded).square_().sum(dtype=torch.float64))
+    signal = noise = 0.0
+    stack = weight if weight.dim() == 3 else weight[None]
+    for i, matrix in enumerate(stack):
+        own = matrix_of(planes, len(stack), i) if weight.dim() == 3 else planes
+        for start, chunk in chunks(spec, matrix):
+            decoded = decode(spec, tile_rows(spec, own, start, len(chunk)), len(chunk), weight.shape[-1])
+            signal += float(chunk.square().sum(dtype=torch.float64))
+            noise += float(chunk.sub(decoded).square_().sum(dtype=torch.float64))
     if noise == 0.0:
         return float("inf")
     return float(10 * torch.log10(torch.tensor(max(signal, 1e-300) / noise, dtype=torch.float64)))
