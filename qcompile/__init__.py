@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .checkpoints.load import load
     from .checkpoints.save import save
     from .comparison import compare
+    from .deployment import package
     from .evaluation import evaluate
     from .formats import ROW, Codebook, FormatSpec, Plane, Scheme, register_format, symbols
     from .kv_cache import KVCache, PagedKVCache
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "calibrate": "api", "Calibration": "calibration",
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
+    "package": "deployment",
     "compare": "comparison", "evaluate": "evaluation", "search": "allocation", "bisect": "bisection", "warmup": "warm",
     "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
     "load": "checkpoints.load", "save": "checkpoints.save", "QCompileConfig": "checkpoints.hf",
@@ -37,7 +39,7 @@ _HOMES = {
 
 __all__ = ["ROW", "Calibration", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy",
            "QCompileConfig", "QuantizedTensor", "Scheme", "bisect", "calibrate", "compare", "evaluate", "explain", "load",
-           "quantize_", "register_format", "restore_", "save", "search", "symbols", "warmup"]  # fmt: skip
+           "package", "quantize_", "register_format", "restore_", "save", "search", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 

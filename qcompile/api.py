@@ -52,8 +52,12 @@ def explain(model: nn.Module, *args: Any, policy: Any = None, measure: bool = Fa
 def quantize_(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> Report:
     """Packs the weights that ``policy`` means in place, as the backend would on ``model(*args, **kwargs)``; returns the report.
 
-    The model then runs packed in eager mode, and can be exported, or compiled by any backend.
+    The model then runs packed in eager mode, and can be exported, compiled by any backend, or ahead of time
+    (:func:`qcompile.package`).
     """
+    from .inductor import install
+
+    install()
     with torch.no_grad():
         recorder = recorder_of(_root(model))
         look = Look(Options.parse({"policy": policy}, None), recorder, packs=True)

@@ -16,6 +16,7 @@ LAYERS = [
     {"codegen"},
     {"kernels", "doctor"},
     {"ops"},
+    {"aoti"},
     {"inductor"},
     {"tensor", "tensor_ops", "multihead", "kv_cache"},
     {"packing"},
@@ -30,6 +31,7 @@ LAYERS = [
     {"suggestion", "divergence"},
     {"evaluation"},
     {"allocation", "lm_eval", "api", "warm", "cli_cache", "cli", "cli_debug", "cli_search", "bisection"},
+    {"deployment"},
     {"backend"},
 ]
 """From the ground up: a module imports from its own layer or below."""
