@@ -37,7 +37,7 @@ class Conversion:
     scheme: Scheme
     transposed: bool
     keep: bool
-    done: Callable[[QuantizedTensor, int, float], None]
+    done: Callable[[QuantizedTensor, int, float | None], None]
     packed: Packed | None = None
     traced: nn.Parameter | None = None
     looked_up: bool = False

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .formats import ROW, Codebook, FormatSpec, Plane, Scheme, register_format, symbols
     from .kv_cache import KVCache, PagedKVCache
+    from .memory import MemoryPlan, memory_plan
     from .passes.convert import restore_
     from .plan import Plan
     from .policy import Policy
@@ -30,16 +31,16 @@ if TYPE_CHECKING:
 _HOMES = {
     "calibrate": "api", "Calibration": "calibration",
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
-    "package": "deployment",
+    "package": "deployment", "memory_plan": "memory", "MemoryPlan": "memory",
     "compare": "comparison", "evaluate": "evaluation", "search": "allocation", "bisect": "bisection", "warmup": "warm",
     "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
     "load": "checkpoints.load", "save": "checkpoints.save", "QCompileConfig": "checkpoints.hf",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
-__all__ = ["ROW", "Calibration", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy",
+__all__ = ["ROW", "Calibration", "Codebook", "FormatSpec", "KVCache", "MemoryPlan", "PagedKVCache", "Plan", "Plane", "Policy",
            "QCompileConfig", "QuantizedTensor", "Scheme", "bisect", "calibrate", "compare", "evaluate", "explain", "load",
-           "package", "quantize_", "register_format", "restore_", "save", "search", "symbols", "warmup"]  # fmt: skip
+           "memory_plan", "package", "quantize_", "register_format", "restore_", "save", "search", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 

@@ -63,6 +63,10 @@ class PackageError(QCompileError, RuntimeError):
     """A model cannot be made into a package that runs without Python; the message names what has no kernel in C++."""
 
 
+class ShardError(QCompileError, ValueError):
+    """A packed weight cannot be divided among devices as asked: a group, a block or a tile would have to be cut."""
+
+
 class UnsupportedOnTensorError(QCompileError, NotImplementedError):
     """A PyTorch function has no meaning on packed weights; the message says which and how to get a float tensor."""
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"aoti"},
     {"inductor"},
     {"tensor", "tensor_ops", "multihead", "kv_cache"},
-    {"packing"},
+    {"packing", "sharding"},
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "rounding"},
     {"tracing"},
     {"policy", "report", "trust"},
@@ -30,7 +30,8 @@ LAYERS = [
     {"comparison"},
     {"suggestion", "divergence"},
     {"evaluation"},
-    {"allocation", "lm_eval", "api", "warm", "cli_cache", "cli", "cli_debug", "cli_search", "bisection"},
+    {"allocation", "lm_eval", "api", "warm", "cli_cache", "cli", "cli_debug", "cli_search", "bisection", "memory",
+     "cli_memory"},
     {"deployment"},
     {"backend"},
 ]
