@@ -12,6 +12,7 @@ from torch import nn
 
 from qcompile import target
 from qcompile.calibration import Calibration
+from qcompile.dtensor import packed_in
 from qcompile.errors import KernelBuildError
 from qcompile.formats import Scheme, register_scheme
 from qcompile.kernels import attention_for, begin, for_key
@@ -21,7 +22,6 @@ from qcompile.plan import Decision, Plan, Record, Site
 from qcompile.policy import check_rules
 from qcompile.recorder import Recorder, recorder_of
 from qcompile.report import Picture
-from qcompile.tensor import QuantizedTensor
 
 from .attention import rewrite
 from .calibrate import GPTQ, rounded
@@ -153,7 +153,7 @@ class Compilation:
         for decision in map(self._refined, self.options.policy.decide(sites, self.target, names)):
             slots = self._slots(decision.site)
             parameter = slots[0].get() if slots else None
-            if isinstance(parameter, QuantizedTensor):
+            if packed_in(parameter) is not None:
                 continue
             runs = decision.scheme is not None and decision.site.operator == "attention"
             kernel = kernel_name(decision.scheme, self.device) if runs else None  # type: ignore[arg-type]
@@ -241,11 +241,12 @@ class Compilation:
         return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     def _is_packed(self, site: Site) -> bool:
-        return site.weight is not None and isinstance(self.values.get(site.weight), QuantizedTensor)
+        return site.weight is not None and packed_in(self.values.get(site.weight)) is not None
 
     def _record_packed(self, site: Site) -> Record:
         """The record of a site whose weight is packed already: the one made at conversion, or what the tensor tells."""
-        weight: QuantizedTensor = self.values[site.weight or ""]
+        weight = packed_in(self.values[site.weight or ""])
+        assert weight is not None
         known = self.recorder.find(site)
         if known is not None and known.decision.scheme == weight.scheme:
             return known

@@ -11,6 +11,7 @@ from torch import nn
 
 from .calibration import Calibration
 from .comparison import arguments
+from .dtensor import packed_in
 from .errors import CalibrationError
 from .options import Options
 from .owners import Owners, unwrapped
@@ -21,7 +22,6 @@ from .plan import Decision, Record, Site
 from .recorder import Recorder, recorder_of
 from .report import Report
 from .rounding.methods import method_named
-from .tensor import QuantizedTensor
 from .timing import times
 from .tracing import call_through
 
@@ -106,7 +106,7 @@ def _unseen(model: nn.Module, recorder: Recorder) -> list[Record]:
     records = []
     for parameter in unwrapped(model).parameters():
         name = owners.name(parameter)
-        if parameter.dim() < 2 or name is None or name in seen or isinstance(parameter, QuantizedTensor):
+        if parameter.dim() < 2 or name is None or name in seen or packed_in(parameter) is not None:
             continue
         site = Site(name.removesuffix(".weight"), "other", weight=name, shape=tuple(parameter.shape), dtype=parameter.dtype,
                     unsupported=reason, parameter=name)  # fmt: skip

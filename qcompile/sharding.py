@@ -50,13 +50,13 @@ def share(spec: FormatSpec, n: int, k: int, split: str, devices: int, layer: str
     """(N, K) of each device's part of an N×K weight. Raises :class:`ShardError` with the sizes where it cannot be cut so."""
     size, unit, what = (n, step(spec, split), "rows") if split == COLUMN else (k, step(spec, split), "columns")
     if split == ROW and spec.permuted:
-        raise ShardError(f"{layer}: the columns of a {spec.name} weight are stored in another order, so they cannot be divided among "
-                         "devices; pack it in a format without one, or split the layer by rows of the weight")  # fmt: skip
+        raise ShardError(f"{layer}: the columns of a {spec.name} weight are stored in another order, so they cannot be divided "
+                         "among devices; pack it in a format without one, or split the layer by rows of the weight")  # fmt: skip
     if size % (devices * unit):
         whole = f"{size} = {devices} × {size / devices:g}"
-        raise ShardError(f"{layer}: the {n}×{k} weight in {spec.name} has {whole} {what}, and each of {devices} devices must get a "
-                         f"multiple of {unit}, for tiles and groups stay whole; take another number of devices, a format with "
-                         "smaller groups, or leave the layer whole")  # fmt: skip
+        raise ShardError(f"{layer}: the {n}×{k} weight in {spec.name} has {whole} {what}; each of {devices} devices must get a multiple "
+                         f"of {unit}, for tiles and groups stay whole: take another number of devices, a format with smaller "
+                         "groups, or leave the layer whole")  # fmt: skip
     return (n // devices, k) if split == COLUMN else (n, k // devices)
 
 

@@ -35,7 +35,10 @@ def counted(config: dict, policy: object) -> int:  # type: ignore[type-arg]
     return sum(getattr(p, "packed_nbytes", p.nbytes) for p in [*model.parameters(), *model.buffers()])
 
 
-@pytest.mark.parametrize("policy", ["int4", "fp8", "mixed", "Q4_K_M", {"lm_head": "nf4", "attention.o_proj": "float", "*": "int8"}])
+RULES = {"lm_head": "nf4", "attention.o_proj": "float", "*": "int8"}
+
+
+@pytest.mark.parametrize("policy", ["int4", "fp8", "mixed", "Q4_K_M", RULES])
 def test_one_device_takes_what_a_conversion_counts(policy: object) -> None:
     plan = qcompile.memory_plan(SMALL, policy=policy)
     assert plan.weights_nbytes == plan.weights_device_nbytes == counted(SMALL, policy)
@@ -96,7 +99,8 @@ def totals(policy: object) -> int:
 
 def test_llama_3_70b(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_70B))
-    done = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), "--policy", "int4", "--devices", "4", "--kv", "fp8", "--json"])
+    words = f"plan --model {tmp_path} --policy int4 --devices 4 --kv fp8 --json"
+    done = CliRunner().invoke(app, words.split())
     assert done.exit_code == 0, done.output
     plan = json.loads(done.stdout)
     # 36.36 GB of layers at 4.25 bits, 1.05 GB of the head in int8, 2.10 GB of the embedding, which "int4" leaves in bfloat16
