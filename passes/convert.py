@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 
-from qcompile.errors import QCompileError, WeightError
+from qcompile.dtensor import packed_in, parameter_like, part_to_pack
+from qcompile.errors import QCompileError, ShardError, WeightError
 from qcompile.formats import Scheme
 from qcompile.owners import Slot
 from qcompile.packing import Packed, packed
@@ -37,7 +38,7 @@ class Conversion:
     scheme: Scheme
     transposed: bool
     keep: bool
-    done: Callable[[QuantizedTensor, int, float], None]
+    done: Callable[[QuantizedTensor, int, float | None], None]
     packed: Packed | None = None
     traced: nn.Parameter | None = None
     looked_up: bool = False
@@ -46,7 +47,7 @@ class Conversion:
     def run(self) -> None:
         """Packs and stores; the float original goes when its last holder lets go. Raises ``WeightError`` naming the layer."""
         original = self.slots[0].get()
-        if original is None or isinstance(original, QuantizedTensor):
+        if original is None or packed_in(original) is not None:
             return
         try:
             parameter = self.pack(original)
@@ -64,19 +65,23 @@ class Conversion:
         """Packs, reports to ``done`` and lets go: what :meth:`run` would do, without doing it. A weight on the meta device has
         no values to measure."""
         original = self.slots[0].get()
-        if original is not None and not isinstance(original, QuantizedTensor) and not original.is_meta:
+        if original is not None and packed_in(original) is None and not original.is_meta:
             self.pack(original)
 
     def pack(self, original: torch.Tensor) -> nn.Parameter:
-        """``original`` packed; ``done`` hears of it."""
-        made = self.packed or packed(original, self.scheme.format, transposed=self.transposed, layer=self.layer)
+        """``original`` packed; ``done`` hears of it. Of a DTensor, each process packs its own part."""
+        part = part_to_pack(original, self.scheme.format, self.transposed, self.layer)
+        if self.packed is not None and part is not original:
+            raise ShardError(f"{self.layer}: is divided among processes, and was calibrated whole; pack the whole "
+                             "model with qcompile.quantize_, then divide it with qcompile.parallelize_module")  # fmt: skip
+        made = self.packed or packed(part, self.scheme.format, transposed=self.transposed, layer=self.layer)
         if self.traced is None:
-            parameter = as_parameter(made.tensor(self.scheme, self.transposed, original.shape, original.dtype))
+            parameter = as_parameter(made.tensor(self.scheme, self.transposed, part.shape, part.dtype))
         else:
             parameter = self.traced
             parameter.own_planes_()  # type: ignore[attr-defined]
-        self.done(parameter, original.nbytes, made.sqnr)  # type: ignore[arg-type]
-        return parameter
+        self.done(parameter, part.nbytes, made.sqnr)  # type: ignore[arg-type]
+        return parameter_like(original, parameter)
 
 
 class Retrace(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):

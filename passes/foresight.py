@@ -22,13 +22,14 @@ import torch
 from torch import nn
 
 from qcompile import kernels, target
+from qcompile.dtensor import packed_in
 from qcompile.errors import QCompileError, UnknownFormatError
 from qcompile.formats import Scheme, register_scheme, scheme_of
 from qcompile.options import Options
 from qcompile.owners import Owners, Slot, slot_at
 from qcompile.packing import Packed, known
 from qcompile.store import code_version, the_store
-from qcompile.tensor import QuantizedTensor, as_parameter, guess, tensor_class
+from qcompile.tensor import as_parameter, guess, tensor_class
 
 from .convert import Conversion
 
@@ -175,7 +176,7 @@ def _compiled_frame(backend: object) -> tuple[CodeType, list[Any], Mapping[str, 
 
 def _parts(root: nn.Module, path: str, code: CodeType, options: Options) -> dict[str, Any]:
     shapes = [(n, tuple(p.shape), str(p.dtype), p.device.type) for n, p in root.named_parameters(remove_duplicate=False)
-              if not isinstance(p, QuantizedTensor)]  # fmt: skip
+              if packed_in(p) is None]  # fmt: skip
     return {
         "root": f"{type(root).__module__}.{type(root).__qualname__}",
         "parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(),
@@ -202,7 +203,7 @@ def _guesses(root: nn.Module, owners: Owners, weights: Sequence[Any]) -> dict[in
         slot = slot_at(root, name)
         original = slot.get() if slot is not None else None
         scheme = _known_scheme(key)
-        if original is None or scheme is None or isinstance(original, QuantizedTensor) or not original.is_cpu:
+        if original is None or scheme is None or packed_in(original) is not None or not original.is_cpu:
             continue
         if not (original.requires_grad and torch.is_grad_enabled()):
             wanted.append((original, scheme, transposed))

@@ -12,6 +12,7 @@ from torch import nn
 
 from qcompile import target
 from qcompile.calibration import Calibration
+from qcompile.dtensor import packed_in
 from qcompile.errors import KernelBuildError
 from qcompile.formats import Scheme, register_scheme
 from qcompile.kernels import attention_for, begin, for_key
@@ -21,7 +22,6 @@ from qcompile.plan import Decision, Plan, Record, Site
 from qcompile.policy import check_rules
 from qcompile.recorder import Recorder, recorder_of
 from qcompile.report import Picture
-from qcompile.tensor import QuantizedTensor
 
 from . import notices
 from .attention import rewrite
@@ -167,7 +167,7 @@ class Compilation:
         for decision in map(self._refined, self.options.policy.decide(sites, self.target, names)):
             slots = self._slots(decision.site)
             parameter = slots[0].get() if slots else None
-            if isinstance(parameter, QuantizedTensor):
+            if packed_in(parameter) is not None:
                 continue
             if parameter is not None and self.training.takes(parameter):
                 self.recorder.add(self.training.decided(decision))
@@ -272,11 +272,12 @@ class Compilation:
         return self.flat is not self.gm or torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     def _is_packed(self, site: Site) -> bool:
-        return site.weight is not None and isinstance(self.values.get(site.weight), QuantizedTensor)
+        return site.weight is not None and packed_in(self.values.get(site.weight)) is not None
 
     def _record_packed(self, site: Site) -> Record:
         """The record of a site whose weight is packed already: the one made at conversion, or what the tensor tells."""
-        weight: QuantizedTensor = self.values[site.weight or ""]
+        weight = packed_in(self.values[site.weight or ""])
+        assert weight is not None
         known = self.recorder.find(site)
         if known is not None and known.decision.scheme == weight.scheme:
             return known

@@ -14,7 +14,7 @@ from qcompile.tensor import QuantizedTensor
 
 UNSEEN = "the layer's inputs were not seen before it was packed"
 
-Done = Callable[[QuantizedTensor, int, float], None]
+Done = Callable[[QuantizedTensor, int, float | None], None]
 
 
 def packed_record(decision: Decision, packed: QuantizedTensor, before: int, decibels: float | None) -> Record:
@@ -34,7 +34,7 @@ def recording(recorder: Recorder, decision: Decision, rounding: Mapping[str, str
     ``rounding`` tells, by parameter, what rounded it, or why it was rounded to nearest; None where all are.
     """
 
-    def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
+    def done(packed: QuantizedTensor, before: int, decibels: float | None) -> None:
         said = decision
         if rounding is not None:
             how = rounding.get(decision.site.parameter or "", f"rounded to nearest: {UNSEEN}")
@@ -45,7 +45,7 @@ def recording(recorder: Recorder, decision: Decision, rounding: Mapping[str, str
 
 
 def each(*listeners: Done) -> Done:
-    def done(packed: QuantizedTensor, before: int, decibels: float) -> None:
+    def done(packed: QuantizedTensor, before: int, decibels: float | None) -> None:
         for listener in listeners:
             listener(packed, before, decibels)
 

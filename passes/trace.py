@@ -155,11 +155,12 @@ def resolve(value: object, parameters: dict[Node, torch.Tensor]) -> Operand:
 
 
 def folds(node: Node) -> bool | None:
-    """True for a transpose of both dimensions of a matrix, False for ``detach``, None for other operators."""
+    """True for a transpose of both dimensions of a matrix, False for ``detach`` and for a DTensor's own part, None for other
+    operators."""
     name = op_name(node)
     if name in ("t", "T", "mT"):
         return True
-    if name == "detach":
+    if name in ("detach", "to_local"):
         return False
     if name == "transpose":
         dims = {operand(node, 1, "dim0", "axis0"), operand(node, 2, "dim1", "axis1")}

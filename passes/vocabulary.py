@@ -45,9 +45,10 @@ ELEMENTWISE = frozenset(
     "to float half bfloat16 double type type_as _to_copy dropout alpha_dropout contiguous clone "
     "view view_as reshape flatten unflatten squeeze unsqueeze transpose permute expand expand_as t T mT "
     "chunk split split_with_sizes tensor_split unbind getitem select slice narrow cat stack "
-    "layer_norm rms_norm mean sum var norm vector_norm".split()
+    "layer_norm rms_norm mean sum var norm vector_norm "
+    "from_local redistribute to_local wait_tensor all_reduce".split()
 )
-"""Operators that keep or rearrange elements, and the norms between them."""
+"""Operators that keep or rearrange elements, also among processes, and the norms between them."""
 
 MADE = frozenset("tensor zeros ones full empty arange zeros_like ones_like full_like scalar_tensor".split())
 """Operators whose result holds nothing of the model."""

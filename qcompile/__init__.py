@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from .checkpoints.load import load
     from .checkpoints.save import save
     from .comparison import compare
+    from .deployment import package
     from .evaluation import evaluate
     from .formats import ROW, Codebook, FormatSpec, Plane, Scheme, register_format, symbols
     from .kv_cache import KVCache, PagedKVCache
+    from .memory import MemoryPlan, memory_plan
+    from .parallel import parallelize_module
     from .passes.convert import restore_
     from .plan import Plan
     from .policy import Policy
@@ -29,15 +32,17 @@ if TYPE_CHECKING:
 _HOMES = {
     "calibrate": "api", "Calibration": "calibration",
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
+    "package": "deployment", "parallelize_module": "parallel", "memory_plan": "memory", "MemoryPlan": "memory",
     "compare": "comparison", "evaluate": "evaluation", "search": "allocation", "bisect": "bisection", "warmup": "warm",
     "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
     "load": "checkpoints.load", "save": "checkpoints.save", "QCompileConfig": "checkpoints.hf",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
-__all__ = ["ROW", "Calibration", "Codebook", "FormatSpec", "KVCache", "PagedKVCache", "Plan", "Plane", "Policy",
-           "QCompileConfig", "QuantizedTensor", "Scheme", "bisect", "calibrate", "compare", "evaluate", "explain", "load",
-           "quantize_", "register_format", "restore_", "save", "search", "symbols", "warmup"]  # fmt: skip
+__all__ = ["Calibration", "Codebook", "FormatSpec", "KVCache", "MemoryPlan", "PagedKVCache", "Plan", "Plane", "Policy",
+           "QCompileConfig", "QuantizedTensor", "ROW", "Scheme", "bisect", "calibrate", "compare", "evaluate", "explain",
+           "load", "memory_plan", "package", "parallelize_module", "quantize_", "register_format", "restore_", "save",
+           "search", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from .calibration import Calibration
 from .comparison import arguments
+from .dtensor import packed_in
 from .errors import CalibrationError
 from .options import Options
 from .owners import Owners, unwrapped
@@ -21,7 +22,6 @@ from .plan import Decision, Record, Site
 from .recorder import Recorder, recorder_of
 from .report import Report
 from .rounding.methods import method_named
-from .tensor import QuantizedTensor
 from .timing import times
 from .tracing import call_through
 
@@ -52,8 +52,12 @@ def explain(model: nn.Module, *args: Any, policy: Any = None, measure: bool = Fa
 def quantize_(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> Report:
     """Packs the weights that ``policy`` means in place, as the backend would on ``model(*args, **kwargs)``; returns the report.
 
-    The model then runs packed in eager mode, and can be exported, or compiled by any backend.
+    The model then runs packed in eager mode, and can be exported, compiled by any backend, or ahead of time
+    (:func:`qcompile.package`).
     """
+    from .inductor import install
+
+    install()
     with torch.no_grad():
         recorder = recorder_of(_root(model))
         look = Look(Options.parse({"policy": policy}, None), recorder, packs=True)
@@ -102,7 +106,7 @@ def _unseen(model: nn.Module, recorder: Recorder) -> list[Record]:
     records = []
     for parameter in unwrapped(model).parameters():
         name = owners.name(parameter)
-        if parameter.dim() < 2 or name is None or name in seen or isinstance(parameter, QuantizedTensor):
+        if parameter.dim() < 2 or name is None or name in seen or packed_in(parameter) is not None:
             continue
         site = Site(name.removesuffix(".weight"), "other", weight=name, shape=tuple(parameter.shape), dtype=parameter.dtype,
                     unsupported=reason, parameter=name)  # fmt: skip

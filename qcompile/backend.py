@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch._dynamo.callback import callback_handler
+from torch._guards import CompileContext
 
 from . import artifacts, trail
 from .dynamo_errors import as_themselves
+from .errors import PackageError
 from .guards import drop_plane_guards
 from .options import Options
 from .passes import foresight
@@ -49,6 +51,9 @@ def _compiled(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: O
         trail.graph(gm, "before")
     confirmed = None if switched else foreseen.confirms(example_inputs, conversions)
     if confirmed is None:
+        if CompileContext.try_get() is None:
+            raise PackageError("aot_compile traces a model once, and cannot again over packed weights; pack them before, by "
+                               "qcompile.quantize_(model, *inputs, policy=…)")  # fmt: skip
         foreseen.remember(compilation.root, compilation.owners, conversions)
         raise Retrace(conversions)
     compilation.recorder.saw(compilation.picture())

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_debug, cli_search
+from . import __version__, cli_debug, cli_memory, cli_search
 from .cli_cache import app as cache
 from .errors import QCompileError
 from .formats import REGISTRY, FormatSpec, Plane, activations_of
@@ -19,6 +19,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="A quantizing
 app.add_typer(cache, name="cache")
 cli_debug.register(app)
 cli_search.register(app)
+cli_memory.register(app)
 
 
 @app.command()

@@ -59,6 +59,14 @@ class KernelBuildError(QCompileError, RuntimeError):
     """A generated kernel did not compile; the message holds the command, the source file and the compiler's words."""
 
 
+class PackageError(QCompileError, RuntimeError):
+    """A model cannot be made into a package that runs without Python; the message names what has no kernel in C++."""
+
+
+class ShardError(QCompileError, ValueError):
+    """A packed weight cannot be divided among devices as asked: a group, a block or a tile would have to be cut."""
+
+
 class UnsupportedOnTensorError(QCompileError, NotImplementedError):
     """A PyTorch function has no meaning on packed weights; the message says which and how to get a float tensor."""
 

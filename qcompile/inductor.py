@@ -1,7 +1,8 @@
 """How Inductor lowers packed linear layers on CPUs: to a direct call of the compiled kernel.
 
 A custom operator costs 9 µs a call: the dispatcher, Python, checks, the allocation of its result. Here Inductor plans the
-result's memory with everything else, the checks are made once, and its generated code calls the C function itself.
+result's memory with everything else, the checks are made once, and its generated code calls the C function itself. So does the
+C++ of a package of AOTInductor (:mod:`qcompile.aoti`).
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch._inductor import ir, lowering
 from torch._inductor.virtualized import V
 
-from . import ops
-from .codegen.cpp import DTYPES, CpuKernels
+from . import aoti, ops
+from .codegen.cpp import DTYPES
 from .formats import FormatSpec, register_scheme, scheme_of
 from .formats.spec import TILE_N
-from .kernels import Prepared, for_key
 from .names import module_name
 
 aten = torch.ops.aten
@@ -33,9 +33,10 @@ Node = Any
 
 def install() -> None:
     """Registers the lowering with Inductor, once in a process."""
-    if ops.linear not in lowering.lowerings:
-        lowering.register_lowering(ops.linear, type_promotion_kind=None)(_linear)
-        lowering.register_lowering(ops.grouped_linear, type_promotion_kind=None)(_grouped)
+    lowered = {ops.linear: _linear, ops.grouped_linear: _grouped, ops.rows: aoti.rows, ops.decode: aoti.decode}
+    for operator, function in lowered.items():
+        if operator not in lowering.lowerings:
+            lowering.register_lowering(operator, type_promotion_kind=None)(function)
 
 
 def keyed(gm: torch.fx.GraphModule | None = None) -> AbstractContextManager[None]:
@@ -50,24 +51,22 @@ def keyed(gm: torch.fx.GraphModule | None = None) -> AbstractContextManager[None
 
 @functools.cache
 def _version() -> str:
-    calls = (Path(__file__).parent / "codegen" / "include" / "call.cpp").read_bytes()
-    return hashlib.sha256(Path(__file__).read_bytes() + calls).hexdigest()[:16]
+    files = (Path(__file__), Path(aoti.__file__), Path(__file__).parent / "codegen" / "include" / "call.cpp")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def linear_function(key: str) -> int:
     """The address of ``qc_linear`` for a scheme key; generated code asks for it when it is loaded."""
-    return _kernels(key).address
-
-
-def _kernels(key: str) -> CpuKernels:
-    found = for_key(key, "cpu")
-    return cast(CpuKernels, found.inner if isinstance(found, Prepared) else found)
+    return aoti.kernels_of(key).address
 
 
 def _linear(x: Node, planes: Sequence[Node], bias: Node | None, scheme: str, n: int) -> Node:
     spec = scheme_of(scheme).format
-    direct = x.get_device().type == "cpu" and x.get_dtype() in DTYPES and not V.graph.cpp_wrapper
-    if not direct or (bias is not None and bias.get_dtype() not in DTYPES):
+    dtypes = [t.get_dtype() for t in (x, bias) if t is not None]
+    direct = x.get_device().type == "cpu" and all(dtype in DTYPES for dtype in dtypes) and not V.graph.cpp_wrapper
+    if V.graph.aot_mode:
+        aoti.check("linear", scheme, x.get_device(), dtypes, module_name(V.graph.current_node))
+    elif not direct:
         if spec.scaled and not spec.permuted:
             scheme, x = register_scheme(replace(scheme_of(scheme), format=spec.plain)), _scaled(spec, x, planes)
             planes = planes[: len(spec.parts)]
@@ -79,6 +78,8 @@ def _linear(x: Node, planes: Sequence[Node], bias: Node | None, scheme: str, n: 
 
 
 def _grouped(x: Node, planes: Sequence[Node], groups: Node, ends: bool, scheme: str, experts: int, n: int) -> Node:
+    if V.graph.aot_mode:
+        aoti.check("grouped_linear", scheme, x.get_device(), (x.get_dtype(),), module_name(V.graph.current_node))
     if x.get_device().type != "cpu" or x.get_dtype() not in DTYPES or V.graph.cpp_wrapper:
         handler = lowering.fallback_handler(ops.grouped_linear, add_to_fallback_set=False)
         return handler(x, planes, groups, ends, scheme, experts, n)
@@ -102,7 +103,7 @@ class PackedLinear(ir.ExternKernelOut):
         k = V.graph.sizevars.guard_int(k)
         inputs = [x, *(cls.require_contiguous(cls.realize_input(t)) for t in (*planes, *([] if bias is None else [bias])))]
         bias_dtype = 0 if bias is None else DTYPES[bias.get_dtype()]
-        numbers = (bias is not None, DTYPES[dtype], bias_dtype, m, n, k, _kernels(key).padded(n, k), x.get_stride()[0])
+        numbers = (bias is not None, DTYPES[dtype], bias_dtype, m, n, k, aoti.kernels_of(key).padded(n, k), x.get_stride()[0])
         layout = ir.FixedLayout(x.get_device(), dtype, [m, n])
         constants = (key, profiled_name(key, V.graph.current_node), *numbers)
         made = cls(layout, inputs, constants, op_overload=ops.linear, python_kernel_name="qcompile_linear")
@@ -110,11 +111,14 @@ class PackedLinear(ir.ExternKernelOut):
 
     def codegen(self, wrapper: Any) -> None:
         key, name, has_bias, *numbers = self.constant_args
+        self.codegen_comment(wrapper)
+        if V.graph.aot_mode:
+            aoti.write_linear(self, wrapper, key, has_bias, numbers)
+            return
         function = _imported(wrapper, key, "linear")
-        x, *rest = map(_address, self.inputs)
+        x, *rest = map(aoti.start_of, self.inputs)
         planes, bias = (rest[:-1], rest[-1]) if has_bias else (rest, "None")
         sizes = map(wrapper.codegen_python_sizevar, numbers)
-        self.codegen_comment(wrapper)
         arguments = (function, self.codegen_reference(), x, bias, *sizes, *planes, repr(name))
         wrapper.writeline(f"qcompile_linear({', '.join(arguments)})")
 
@@ -130,7 +134,7 @@ class PackedExperts(ir.ExternKernelOut):
         groups, *planes = (cls.require_contiguous(cls.realize_input(t)) for t in (groups, *planes))
         spec, wide = scheme_of(key).format, groups.get_dtype() == torch.int64
         sizes = [math.prod(spec.part_shape(p, rows, k)) * p.dtype.itemsize for p in spec.parts]
-        numbers = (DTYPES[dtype], wide, ends, m, experts, n, k, _kernels(key).padded(rows, k), x.get_stride()[0])
+        numbers = (DTYPES[dtype], wide, ends, m, experts, n, k, aoti.kernels_of(key).padded(rows, k), x.get_stride()[0])
         layout = ir.FixedLayout(x.get_device(), dtype, [m, n])
         constants = (key, profiled_name(key, V.graph.current_node), sizes, *numbers)
         made = cls(layout, [x, groups, *planes], constants, op_overload=ops.grouped_linear, python_kernel_name="qcompile_grouped")
@@ -139,7 +143,7 @@ class PackedExperts(ir.ExternKernelOut):
     def codegen(self, wrapper: Any) -> None:
         key, name, sizes, *numbers = self.constant_args
         function = _imported(wrapper, key, "grouped")
-        x, groups, *planes = map(_address, self.inputs)
+        x, groups, *planes = map(aoti.start_of, self.inputs)
         self.codegen_comment(wrapper)
         arguments = (function, self.codegen_reference(), x, groups, *map(wrapper.codegen_python_sizevar, map(_as_int, numbers)),
                      *planes, *map(str, sizes), repr(name))  # fmt: skip
@@ -174,8 +178,3 @@ def profiled_name(key: str, node: torch.fx.Node | None) -> str:
     """What profilers show of a call: the format and the layer, as ``"qcompile::linear int8 layers.0.mlp.up_proj"``."""
     layer = module_name(node) if node is not None else ""
     return f"qcompile::linear {scheme_of(key).label} {layer}".strip()
-
-
-def _address(node: Node) -> str:
-    """A tensor in generated code that starts where ``node`` does: a view that begins at its buffer's start is not made."""
-    return node.get_name() if node.get_layout().offset == 0 else node.codegen_reference()

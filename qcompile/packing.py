@@ -14,7 +14,7 @@ import torch
 
 from .errors import FingerprintError
 from .formats import Scheme, reference
-from .formats.layout import check_planes, matrix_shape
+from .formats.layout import check_planes, empty_planes, matrix_shape
 from .formats.spec import FormatSpec
 from .store import code_version, count, the_store
 from .tensor import QuantizedTensor, tensor_class
@@ -28,10 +28,10 @@ Planes = Sequence[torch.Tensor]
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in its format's planes, and its signal-to-quantization-noise ratio in dB."""
+    """A weight in its format's planes, and its signal-to-quantization-noise ratio in dB (None: on the meta device)."""
 
     planes: Planes
-    sqnr: float
+    sqnr: float | None
 
     def tensor(self, scheme: Scheme, transposed: bool, shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
         """The parameter's value: ``shape`` and ``dtype`` are those of the float one."""
@@ -49,9 +49,12 @@ def packed(
     ``planes``: those that a calibration found (None: round to nearest, or by the format's own quantizer). ``rounding`` tells
     the store how, in text, numbers and lists of them; None keeps nothing. Processes that need the same weight at the same
     time quantize it once.
+    On the meta device there are planes without values, as of any weight there.
     Raises :class:`~qcompile.errors.WeightError`, naming ``layer``.
     """
     matrix = weight.detach().mT if transposed else weight.detach()
+    if weight.is_meta:
+        return Packed(empty_planes(spec, *matrix_shape(matrix.shape), weight.device), None)
 
     def make() -> Packed:
         made = planes if planes is not None else reference.quantize(spec, matrix, layer)

@@ -17,9 +17,11 @@ LAYERS = [
     {"kernels", "doctor"},
     {"gradient"},
     {"ops"},
+    {"aoti"},
     {"inductor", "qat"},
     {"tensor", "tensor_ops", "experts", "expert_views", "multihead", "kv_cache"},
-    {"packing"},
+    {"packing", "sharding"},
+    {"dtensor"},
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "rounding"},
     {"tracing"},
     {"policy", "report", "trust"},
@@ -30,7 +32,9 @@ LAYERS = [
     {"comparison"},
     {"suggestion", "divergence"},
     {"evaluation"},
-    {"allocation", "lm_eval", "api", "warm", "cli_cache", "cli", "cli_debug", "cli_search", "bisection"},
+    {"allocation", "lm_eval", "api", "warm", "cli_cache", "cli", "cli_debug", "cli_search", "bisection", "memory", "parallel",
+     "cli_memory"},
+    {"deployment"},
     {"backend"},
 ]
 """From the ground up: a module imports from its own layer or below."""

@@ -61,14 +61,23 @@ def build(config: Mapping[str, Any], dtype: torch.dtype | None, tensors: Iterabl
     the meta device first, so that sizes which do not fit the file take no memory. Raises :class:`CheckpointError` without
     transformers, or for a configuration that it does not take.
     """
-    config = {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")}
+    config = _float(config)
     _check_depth(config, tensors)
-    wanted = dtype or _dtype_of(config) or torch.float32
-    with torch.device("meta"):
-        empty = _made(config, wanted)
-    check(empty)
+    check(empty_model(config, dtype))
     with parameters_on_meta():
-        return _made(config, wanted)
+        return _made(config, dtype or _dtype_of(config) or torch.float32)
+
+
+def empty_model(config: Mapping[str, Any], dtype: torch.dtype | None = None) -> nn.Module:
+    """The Hugging Face model of ``config``, eval mode, wholly on the meta device; ``dtype`` and errors as of :func:`build`."""
+    config = _float(config)
+    with torch.device("meta"):
+        return _made(config, dtype or _dtype_of(config) or torch.float32)
+
+
+def _float(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without what it says of a quantized checkpoint."""
+    return {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")}
 
 
 def _made(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:

@@ -147,6 +147,12 @@ def check_planes(spec: FormatSpec, planes: Sequence[torch.Tensor], n: int, k: in
                               f"{list(shape)}, found {tensor.dtype} {list(tensor.shape)}; quantize or load it again")  # fmt: skip
 
 
+def empty_planes(spec: FormatSpec, n: int, k: int, device: torch.device) -> list[torch.Tensor]:
+    """Stored tensors of an N×K weight, in spec order, whose values are not set."""
+    parts = [torch.empty(spec.part_shape(part, n, k), dtype=part.dtype, device=device) for part in spec.parts]
+    return parts + [torch.empty(k, dtype=dtype, device=device) for dtype in spec.columns.values()]
+
+
 def pages(spec: FormatSpec, count: int, heads: int, tokens: int, dim: int, device: torch.device) -> list[torch.Tensor]:
     """Zeroed stored tensors ``[count, heads, *part_shape]`` of a KV cache: for each page and head, those of a weight whose
     rows are ``tokens`` tokens, rounded up to tiles of 16, of ``dim`` elements."""

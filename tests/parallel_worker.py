@@ -1,0 +1,118 @@
+"""One of several processes that divide a model: `python parallel_worker.py FOLDER RANK WORLD` leaves its results in the folder.
+
+Results are logits on one input, bytes of the linear weights that the process holds, and messages of errors, by name.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qcompile
+from qcompile.dtensor import packed_in
+from qcompile.errors import QCompileError
+
+POLICY = {"lm_head": "int8", "mlp.gate_proj": "nf4", "*": "int4_g32"}
+IDS = torch.arange(24).view(2, 12) * 7
+
+
+def decoder(**changes: Any) -> LlamaForCausalLM:
+    """A decoder of eight heads, four of keys and values; the same in every process."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
+             "num_key_value_heads": 4, "max_position_embeddings": 64, "use_cache": False, "tie_word_embeddings": False}  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
+
+
+def linear_bytes(model: nn.Module) -> int:
+    """Of the weights of linear layers in this process; all are packed, or there is no sum."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return sum(packed_in(m.weight).packed_nbytes for m in linears)  # type: ignore[union-attr]
+
+
+def torchs_plan() -> dict[str, Any]:
+    layer = {"self_attn.q_proj": ColwiseParallel(), "self_attn.k_proj": ColwiseParallel(), "self_attn.v_proj": ColwiseParallel(),
+             "self_attn.o_proj": RowwiseParallel(), "mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(),
+             "mlp.down_proj": RowwiseParallel()}  # fmt: skip
+    return {f"model.layers.*.{n}": s for n, s in layer.items()} | {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+
+
+def divided_then_compiled(mesh: DeviceMesh) -> dict[str, Any]:
+    model = decoder()
+    parallelize_module(model, mesh, torchs_plan())
+    compiled = torch.compile(model, backend="qcompile", options={"policy": POLICY, "strict": True})
+    found = {"compiled": compiled(IDS).logits, "eagerly after": model(IDS).logits, "bytes": linear_bytes(model)}
+    report = qcompile.explain(compiled, IDS)
+    return found | {"formats": {r.decision.site.name: r.decision.scheme.label for r in report.plan if r.decision.scheme}}
+
+
+def packed_then_divided(mesh: DeviceMesh) -> dict[str, Any]:
+    model = decoder()
+    qcompile.quantize_(model, IDS, policy=POLICY)
+    qcompile.parallelize_module(model, mesh)
+    eager = model(IDS).logits
+    return {"eager": eager, "compiled": torch.compile(model, backend="qcompile")(IDS).logits, "bytes": linear_bytes(model),
+            "inductor": torch.compile(model)(IDS).logits}  # fmt: skip
+
+
+def divided_by_transformers(mesh: DeviceMesh) -> dict[str, Any]:
+    """What ``from_pretrained(tp_plan="auto")`` does to a model, which asks for accelerate before it does it."""
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    model = decoder()
+    styles = {name: style for name, _ in model.named_modules() if (style := model.tp_plan.get(re.sub(r"\d+", "*", name)))}
+    parameters = {f"{name}.weight": style for name, style in styles.items()}
+    apply_tensor_parallelism(model, mesh, parameters | styles)
+    compiled = torch.compile(model, backend="qcompile", options={"policy": POLICY})
+    return {"compiled": compiled(IDS).logits, "eagerly after": model(IDS).logits, "bytes": linear_bytes(model)}
+
+
+def refused(mesh: DeviceMesh) -> dict[str, Any]:
+    """What each wrong division says."""
+    world, found = mesh.size(), {}
+    whole = nn.Sequential(nn.Linear(128, 96))
+    qcompile.quantize_(whole, torch.randn(2, 128), policy="int4_g64")
+    for name, styles in (("rows", ColwiseParallel()), ("no role", None), ("columns", {"0": RowwiseParallel()})):
+        try:
+            plan = styles if styles is None or isinstance(styles, dict) else {"0": styles}
+            qcompile.parallelize_module(nn.Sequential(nn.Linear(128, 24 * world)) if name == "no role" else whole, mesh, plan)
+            found[name] = "was divided"
+        except QCompileError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    narrow = nn.Sequential(nn.Linear(64 * world, 64))
+    parallelize_module(narrow, mesh, {"0": RowwiseParallel(input_layouts=Replicate())})
+    try:
+        torch.compile(narrow, backend="qcompile", options={"policy": "int4_g128"})(torch.randn(2, 64 * world))
+    except QCompileError as error:
+        found["compiled"] = f"{type(error).__name__}: {error}"
+    model = decoder(num_key_value_heads=1)
+    qcompile.quantize_(model, IDS, policy=POLICY)
+    try:
+        qcompile.parallelize_module(model, mesh)
+    except QCompileError as error:
+        found["heads"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def main(folder: Path, rank: int, world: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    with torch.no_grad():
+        cases = (divided_then_compiled, packed_then_divided, divided_by_transformers, refused)
+        results = {case.__name__: case(mesh) for case in cases}
+    torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

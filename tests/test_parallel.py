@@ -1,0 +1,105 @@
+"""Models divided among processes: the same logits as one process has, and no more bytes in each than its share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parallel_worker import IDS, POLICY, decoder, linear_bytes
+
+import qcompile
+from qcompile import formats
+from qcompile.errors import ShardError
+from qcompile.formats import Scheme
+from qcompile.sharding import COLUMN, ROW, shard, step
+from qcompile.tensor import quantize
+
+WORLDS = (2, 4)
+each_world = pytest.mark.parametrize("world", WORLDS)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """One process: logits and bytes."""
+    with torch.no_grad():
+        model = decoder()
+        qcompile.quantize_(model, IDS, policy=POLICY)
+        return {"logits": model(IDS).logits, "bytes": linear_bytes(model)}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """By the number of processes, what each of them found."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for world in WORLDS:
+        folder, environment = tmp_path_factory.mktemp(f"world{world}"), os.environ | {"OMP_NUM_THREADS": "1"}
+        program = [sys.executable, str(Path(__file__).with_name("parallel_worker.py")), str(folder)]
+        running = [subprocess.Popen([*program, str(rank), str(world)], stderr=subprocess.PIPE, text=True, env=environment)
+                   for rank in range(world)]  # fmt: skip
+        errors = [process.communicate(timeout=500)[1] for process in running]
+        assert not any(p.returncode for p in running), "\n".join(e[-1500:] for e in errors)
+        found[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    return found
+
+
+@each_world
+@pytest.mark.parametrize("case", ["divided_then_compiled", "packed_then_divided", "divided_by_transformers"])
+def test_logits_are_those_of_one_process(
+    results: dict[int, list[dict[str, Any]]], alone: dict[str, Any], world: int, case: str
+) -> None:
+    for rank in results[world]:
+        logits = {name: value for name, value in rank[case].items() if isinstance(value, torch.Tensor)}
+        assert len(logits) >= 2
+        for name, got in logits.items():
+            error = float((got - alone["logits"]).norm() / alone["logits"].norm())
+            assert error < 1e-4, (name, error)
+
+
+@each_world
+@pytest.mark.parametrize("case", ["divided_then_compiled", "packed_then_divided", "divided_by_transformers"])
+def test_each_process_holds_its_share(
+    results: dict[int, list[dict[str, Any]]], alone: dict[str, Any], world: int, case: str
+) -> None:
+    for rank in results[world]:
+        assert alone["bytes"] / world <= rank[case]["bytes"] <= 1.05 * alone["bytes"] / world
+
+
+@each_world
+def test_roles_are_seen_through_what_divides(results: dict[int, list[dict[str, Any]]], world: int) -> None:
+    formats_of = results[world][0]["divided_then_compiled"]["formats"]
+    assert formats_of["lm_head"] == "int8" and formats_of["model.layers.1.mlp.gate_proj"] == "nf4"
+    assert formats_of["model.layers.0.mlp.up_proj"] == formats_of["model.layers.0.self_attn.o_proj"] == "int4_g32"
+
+
+@each_world
+def test_what_cannot_be_divided_says_why(results: dict[int, list[dict[str, Any]]], world: int) -> None:
+    found = results[world][world - 1]["refused"]
+    rows = f"ShardError: 0.weight: the 96×128 weight in int4_g64 has 96 = {world} × {96 / world:g} rows"
+    assert found["rows"] == "was divided" if world == 2 else found["rows"].startswith(rows)
+    assert "no layer of the model has a known role" in found["no role"]
+    assert ("is divided already" if world == 2 else f"128 = 4 × 32 columns; each of {world} devices must get a multiple of 64"
+            ) in found["columns"]  # fmt: skip
+    assert f"{64 * world} = {world} × 64 columns" in found["compiled"] and "multiple of 128" in found["compiled"]
+    assert f"1 heads of keys and values cannot be divided among {world} devices" in found["heads"]
+
+
+@pytest.mark.parametrize("spec", formats.REGISTRY.values(), ids=lambda s: s.name)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parts_of_planes_are_the_weight(spec: formats.FormatSpec, transposed: bool) -> None:
+    n, k = 3 * step(spec, COLUMN), 3 * (step(spec, ROW) if not spec.permuted else 128)
+    matrix = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
+    weight = quantize(matrix.t() if transposed else matrix, Scheme(spec), transposed=transposed)
+    for split, dim in ((COLUMN, int(transposed)), (ROW, int(not transposed))):
+        if split == ROW and spec.permuted:
+            with pytest.raises(ShardError, match="stored in another order"):
+                shard(weight, split, 0, 3)
+            continue
+        parts = [shard(weight, split, rank, 3) for rank in range(3)]
+        assert torch.equal(torch.cat([p.dequantize() for p in parts], dim), weight.dequantize())
+        owned = {p.untyped_storage().data_ptr() for part in parts for p in part.planes}
+        assert not owned & {p.untyped_storage().data_ptr() for p in weight.planes}, "the whole weight can go"
+        with pytest.raises(ShardError, match="2 devices must get a multiple of"):
+            shard(weight, split, 0, 2)
