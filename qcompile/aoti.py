@@ -164,8 +164,8 @@ def check(operator: str, scheme: str, device: torch.device, dtypes: Sequence[tor
         raise PackageError(f"package: x and bias of {layer}, in {label}, must be float32, float16 or bfloat16, found {found}; "
                            "convert the model to one of them")  # fmt: skip
     if operator == "grouped_linear":
-        raise PackageError(f"package: {layer}, in {label}, multiplies by a stack of experts, whose calls packages do not have; leave "
-                           "it in floating point, or use torch.compile")  # fmt: skip
+        raise PackageError(f"package: {layer}, in {label}, multiplies by a stack of experts, whose calls packages do not have; "
+                           "leave it in floating point, or use torch.compile")  # fmt: skip
     if operator != "linear" and spec.permuted:
         raise PackageError(f"package: {layer} decodes rows of {label}, whose columns are in another order; pack it in a format "
                            "without one, or leave it in floating point")  # fmt: skip

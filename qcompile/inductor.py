@@ -33,7 +33,7 @@ Node = Any
 
 def install() -> None:
     """Registers the lowering with Inductor, once in a process."""
-    lowered = {ops.linear: _linear, ops.grouped_linear: _grouped, ops.rows: aoti.rows, ops.decode: aoti.decode}
+    lowered: dict[Any, Any] = {ops.linear: _linear, ops.grouped_linear: _grouped, ops.rows: aoti.rows, ops.decode: aoti.decode}
     for operator, function in lowered.items():
         if operator not in lowering.lowerings:
             lowering.register_lowering(operator, type_promotion_kind=None)(function)
