@@ -24,6 +24,8 @@ import training
 from .calibration import packed, samples
 
 STEPS, BATCH, WINDOWS = 200, 4, 64
+SAMPLES = 64
+"""Windows that GPTQ looks at."""
 LEARNING_RATE = 5e-4
 ROUNDS = 9
 """Of interleaved steps, for their medians."""
@@ -88,10 +90,10 @@ def accuracy() -> Iterator[dict[str, Any]]:
     seconds = tuned(floats.train(), torch.compile(floats), ids)
     best = loss(floats.eval(), held_out)
     yield {"format": "float32", "way": "fine-tuned", "loss": best, "perplexity": math.exp(best), "seconds": seconds}
-    data = samples(tokenizer)
+    data = samples(tokenizer, SAMPLES)
     for policy in BITS:
         torch._dynamo.reset()
-        nearest = loss(packed(floats, policy), held_out)
+        nearest = loss(packed(floats, policy, data[0]), held_out)
 
         def row(way: str, value: float, seconds: float, nearest: float = nearest, policy: str = policy) -> dict[str, Any]:
             return {"format": policy, "way": way, "loss": value, "perplexity": math.exp(value),
@@ -101,11 +103,11 @@ def accuracy() -> Iterator[dict[str, Any]]:
         began = time.perf_counter()
         with torch.no_grad():
             found = qcompile.calibrate(floats, data, policy=policy, method="gptq", progress=False)
-        yield row("GPTQ", loss(packed(floats, found), held_out), time.perf_counter() - began)
+        yield row("GPTQ", loss(packed(floats, found, data[0]), held_out), time.perf_counter() - began)
         own = copy.deepcopy(model).train()
         run = torch.compile(own, backend="qcompile", options={"qat": True, "policy": policy})
         seconds = tuned(own, run, ids)
-        yield row("trained", loss(packed(own.eval(), policy), held_out), seconds)
+        yield row("trained", loss(packed(own.eval(), policy, data[0]), held_out), seconds)
         if (prepare := of_torchao(policy)) is not None:
             other = copy.deepcopy(model).train()
             run = prepare(other)
