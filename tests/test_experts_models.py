@@ -88,11 +88,9 @@ def test_compiled(name: str, experts: str, policy: str) -> None:
     assert seen[0] == seen[1]
     plan = qcompile.explain(packed, PROMPT, use_cache=False).plan
     assert share(plan) >= 0.99
-    limit = 1e-2 if "dynamic" in policy else 1e-4
     reference = decoded(model, packed)
-    if "dynamic" not in policy:  # tokens may go to other experts when activations are rounded
-        assert_close(results, generated(reference, reference), limit)
-    assert_close(results, generated(packed, packed), limit)
+    assert_close(results, generated(reference, reference), 2e-2 if "dynamic" in policy else 1e-4)
+    assert_close(results, generated(packed, packed), 1e-2 if "dynamic" in policy else 1e-4)
 
 
 @pytest.mark.parametrize("policy", ["int4", "int8", "nf4", "Q4_K"])
