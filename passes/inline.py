@@ -19,11 +19,12 @@ def inlined(gm: GraphModule) -> GraphModule:
     """
     if not any(_body(gm, node) for node in gm.graph.nodes):
         return gm
-    graph, made = Graph(), {}
+    graph = Graph()
+    made: dict[Node, Any] = {}
     for node in gm.graph.nodes:
         body = _body(gm, node)
         if body is not None:
-            inputs = dict(zip(body.graph.find_nodes(op="placeholder"), (made[n] for n in node.args[1:]), strict=True))
+            inputs = dict(zip(body.graph.find_nodes(op="placeholder"), map(made.__getitem__, node.args[1:]), strict=True))
             made[node] = graph.graph_copy(body.graph, inputs)
         elif node.target is operator.getitem and isinstance(made.get(node.args[0]), (tuple, list)):
             made[node] = made[node.args[0]][node.args[1]]
