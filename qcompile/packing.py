@@ -53,7 +53,8 @@ def packed(
     """
     matrix = weight.detach().t() if transposed else weight.detach()
     if weight.is_meta:
-        return Packed(empty_planes(spec, *matrix.shape, weight.device), None)
+        n, k = matrix.shape
+        return Packed(empty_planes(spec, n, k, weight.device), None)
 
     def make() -> Packed:
         made = planes if planes is not None else reference.quantize(spec, matrix, layer)

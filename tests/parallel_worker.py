@@ -1,4 +1,5 @@
-"""One of several processes that divide a model: `python parallel_worker.py FOLDER RANK WORLD` leaves its results in the folder.
+"""One of four processes that divide a model: `python parallel_worker.py FOLDER RANK` leaves its results in the folder, of the
+first two with each other, and of all four.
 
 Results are logits on one input, bytes of the linear weights that the process holds, and messages of errors, by name.
 """
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qcompile
 from qcompile.dtensor import packed_in
 from qcompile.errors import QCompileError
+from qcompile.recorder import recorder_of
 
 POLICY = {"lm_head": "int8", "mlp.gate_proj": "nf4", "*": "int4_g32"}
 IDS = torch.arange(24).view(2, 12) * 7
@@ -27,8 +29,9 @@ IDS = torch.arange(24).view(2, 12) * 7
 def decoder(**changes: Any) -> LlamaForCausalLM:
     """A decoder of eight heads, four of keys and values; the same in every process."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
-             "num_key_value_heads": 4, "max_position_embeddings": 64, "use_cache": False, "tie_word_embeddings": False}  # fmt: skip
+    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8,
+             "num_key_value_heads": 4, "max_position_embeddings": 64, "use_cache": False, "tie_word_embeddings": False,
+             }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
 
 
@@ -45,22 +48,19 @@ def torchs_plan() -> dict[str, Any]:
     return {f"model.layers.*.{n}": s for n, s in layer.items()} | {"lm_head": ColwiseParallel(output_layouts=Replicate())}
 
 
-def divided_then_compiled(mesh: DeviceMesh) -> dict[str, Any]:
+def divided_then_packed(mesh: DeviceMesh) -> dict[str, Any]:
     model = decoder()
     parallelize_module(model, mesh, torchs_plan())
-    compiled = torch.compile(model, backend="qcompile", options={"policy": POLICY, "strict": True})
-    found = {"compiled": compiled(IDS).logits, "eagerly after": model(IDS).logits, "bytes": linear_bytes(model)}
-    report = qcompile.explain(compiled, IDS)
-    return found | {"formats": {r.decision.site.name: r.decision.scheme.label for r in report.plan if r.decision.scheme}}
+    found = packed(model, mesh)
+    plan = recorder_of(model).plan
+    return found | {"formats": {r.decision.site.name: r.decision.scheme.label for r in plan if r.decision.scheme}}
 
 
 def packed_then_divided(mesh: DeviceMesh) -> dict[str, Any]:
     model = decoder()
     qcompile.quantize_(model, IDS, policy=POLICY)
     qcompile.parallelize_module(model, mesh)
-    eager = model(IDS).logits
-    return {"eager": eager, "compiled": torch.compile(model, backend="qcompile")(IDS).logits, "bytes": linear_bytes(model),
-            "inductor": torch.compile(model)(IDS).logits}  # fmt: skip
+    return packed(model, mesh)
 
 
 def divided_by_transformers(mesh: DeviceMesh) -> dict[str, Any]:
@@ -71,8 +71,17 @@ def divided_by_transformers(mesh: DeviceMesh) -> dict[str, Any]:
     styles = {name: style for name, _ in model.named_modules() if (style := model.tp_plan.get(re.sub(r"\d+", "*", name)))}
     parameters = {f"{name}.weight": style for name, style in styles.items()}
     apply_tensor_parallelism(model, mesh, parameters | styles)
-    compiled = torch.compile(model, backend="qcompile", options={"policy": POLICY})
-    return {"compiled": compiled(IDS).logits, "eagerly after": model(IDS).logits, "bytes": linear_bytes(model)}
+    return packed(model, mesh)
+
+
+def packed(model: nn.Module, mesh: DeviceMesh) -> dict[str, Any]:
+    """Results of a divided model that is packed by the backend on its first call, or, of more than two parts, packed and run
+    eagerly: compiling takes each process many seconds."""
+    if mesh.size() > 2:
+        qcompile.quantize_(model, IDS, policy=POLICY)
+        return {"eager": model(IDS).logits, "bytes": linear_bytes(model)}
+    compiled = torch.compile(model, backend="qcompile", options={"policy": POLICY, "strict": True})
+    return {"compiled": compiled(IDS).logits, "eager": model(IDS).logits, "bytes": linear_bytes(model)}
 
 
 def refused(mesh: DeviceMesh) -> dict[str, Any]:
@@ -90,9 +99,9 @@ def refused(mesh: DeviceMesh) -> dict[str, Any]:
     narrow = nn.Sequential(nn.Linear(64 * world, 64))
     parallelize_module(narrow, mesh, {"0": RowwiseParallel(input_layouts=Replicate())})
     try:
-        torch.compile(narrow, backend="qcompile", options={"policy": "int4_g128"})(torch.randn(2, 64 * world))
+        qcompile.quantize_(narrow, torch.randn(2, 64 * world), policy="int4_g128")
     except QCompileError as error:
-        found["compiled"] = f"{type(error).__name__}: {error}"
+        found["parts"] = f"{type(error).__name__}: {error}"
     model = decoder(num_key_value_heads=1)
     qcompile.quantize_(model, IDS, policy=POLICY)
     try:
@@ -102,17 +111,18 @@ def refused(mesh: DeviceMesh) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, rank: int, world: int) -> None:
+def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-    with torch.no_grad():
-        cases = (divided_then_compiled, packed_then_divided, divided_by_transformers, refused)
-        results = {case.__name__: case(mesh) for case in cases}
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
+    pairs, four = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "tp")), init_device_mesh("cpu", (4,))
+    for world, mesh in ((2, pairs["tp"]), (4, four)):
+        if rank < world:
+            with torch.no_grad():
+                cases = (divided_then_packed, packed_then_divided, divided_by_transformers, refused)
+                torch.save({case.__name__: case(mesh) for case in cases}, folder / f"{world}.{rank}.pt")
+        dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
