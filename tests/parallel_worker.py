@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,6 +76,48 @@ def divided_by_transformers(mesh: DeviceMesh) -> dict[str, Any]:
     return packed(model, mesh)
 
 
+class Adapted(nn.Module):
+    """Frozen packed layers beside one that trains."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.up, self.down, self.adapter = nn.Linear(128, 256), nn.Linear(256, 128), nn.Linear(128, 128, bias=False)
+        self.up.requires_grad_(False), self.down.requires_grad_(False)
+        with torch.no_grad():
+            qcompile.quantize_(self, ADAPTED, policy={"up": "int4_g32", "down": "nf4_dq", "adapter": "float"})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.up(x))) + self.adapter(x)
+
+
+ADAPTED = torch.linspace(-1, 1, 4 * 128).view(4, 128)
+
+
+@torch.enable_grad()
+def fully_sharded(mesh: DeviceMesh) -> dict[str, Any]:
+    """A step of FSDP2 over frozen packed weights, and their parts saved and loaded again."""
+    folder = Path(sys.argv[1]) / f"saved{mesh.size()}"
+    model, other = fully_shard(Adapted(), mesh=mesh), fully_shard(Adapted(seed=1), mesh=mesh)
+    output = [model(ADAPTED) for _ in range(2)][-1]
+    output.square().sum().backward()
+    model.reshard()
+    bytes_ = sum(packed_in(layer.weight).packed_nbytes for layer in (model.up, model.down))  # type: ignore[union-attr]
+    dcp.save(model.state_dict(), checkpoint_id=folder, process_group=mesh.get_group())
+    state = other.state_dict()
+    dcp.load(state, checkpoint_id=folder, process_group=mesh.get_group())
+    other.load_state_dict(state)
+    small = nn.Sequential(nn.Linear(64, 24 * mesh.size()))
+    qcompile.quantize_(small, torch.randn(2, 64), policy="int8")
+    try:
+        fully_shard(small.requires_grad_(False), mesh=mesh)(torch.randn(2, 64))
+        refused = "was divided"
+    except QCompileError as error:
+        refused = f"{type(error).__name__}: {error}"
+    return {"output": output.detach(), "gradient": model.adapter.weight.grad.full_tensor(), "bytes": bytes_,
+            "loaded": other(ADAPTED).detach(), "refused": refused}  # fmt: skip
+
+
 def packed(model: nn.Module, mesh: DeviceMesh) -> dict[str, Any]:
     """Results of a divided model that is packed by the backend on its first call, or, of more than two parts, packed and run
     eagerly: compiling takes each process many seconds."""
@@ -118,7 +162,7 @@ def main(folder: Path, rank: int) -> None:
     for world, mesh in ((2, pairs["tp"]), (4, four)):
         if rank < world:
             with torch.no_grad():
-                cases = (divided_then_packed, packed_then_divided, divided_by_transformers, refused)
+                cases = (divided_then_packed, packed_then_divided, divided_by_transformers, refused, fully_sharded)
                 torch.save({case.__name__: case(mesh) for case in cases}, folder / f"{world}.{rank}.pt")
         dist.barrier()
     dist.destroy_process_group()

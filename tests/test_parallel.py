@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_worker import IDS, POLICY, decoder, linear_bytes
+import torch.distributed.checkpoint as dcp
+from parallel_worker import ADAPTED, IDS, POLICY, Adapted, decoder, linear_bytes
 
 import qcompile
 from qcompile import formats
@@ -31,9 +32,14 @@ def alone() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[int, list[dict[str, Any]]]:
     """By the number of processes, what each of them found."""
-    folder, environment = tmp_path_factory.mktemp("parallel"), os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(Path(__file__).with_name("parallel_worker.py")), str(folder)]
     running = []
     for rank in range(max(WORLDS)):
@@ -71,6 +77,35 @@ def test_roles_are_seen_through_what_divides(results: dict[int, list[dict[str, A
     formats_of = results[world][0]["divided_then_packed"]["formats"]
     assert formats_of["lm_head"] == "int8" and formats_of["model.layers.0.mlp.gate_proj"] == "nf4"
     assert formats_of["model.layers.0.mlp.up_proj"] == formats_of["model.layers.0.self_attn.o_proj"] == "int4_g32"
+
+
+@each_world
+def test_fsdp_gathers_packed_rows(results: dict[int, list[dict[str, Any]]], world: int) -> None:
+    one = Adapted()
+    want = one(ADAPTED)
+    want.square().sum().backward()
+    whole = one.up.weight.packed_nbytes + one.down.weight.packed_nbytes
+    for found in (rank["fully_sharded"] for rank in results[world]):
+        torch.testing.assert_close(found["output"], want.detach())
+        torch.testing.assert_close(found["gradient"], one.adapter.weight.grad, rtol=1e-4, atol=1e-4)
+        assert whole / world <= found["bytes"] <= 1.05 * whole / world
+        assert f"of {24 * world} rows cannot be divided among {world} processes" in found["refused"]
+
+
+@each_world
+def test_packed_parts_are_saved_and_loaded_into_any_number(
+    results: dict[int, list[dict[str, Any]]], folder: Path, world: int
+) -> None:
+    with torch.no_grad():
+        want = Adapted()(ADAPTED)
+        for rank in results[world]:
+            torch.testing.assert_close(rank["fully_sharded"]["loaded"], want)
+        one = Adapted(seed=2)
+        assert not torch.allclose(one(ADAPTED), want)
+        state = one.state_dict()
+        dcp.load(state, checkpoint_id=folder / f"saved{world}", no_dist=True)
+        one.load_state_dict(state)
+        torch.testing.assert_close(one(ADAPTED), want)
 
 
 @each_world
