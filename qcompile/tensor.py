@@ -132,9 +132,9 @@ class QuantizedTensor(torch.Tensor):
         :class:`~qcompile.errors.ShardError` where a tile of 16 rows or a block would lie in two processes."""
         spec, parts = self.scheme.format, mesh.size()
         if self.transposed or size[0] % (parts * spec.row_multiple):
-            kind = f"stored as {list(size)} (input features first)" if self.transposed else f"of {size[0]} rows"
-            raise ShardError(f"fully_shard: a {self.scheme.label} weight {kind} cannot be divided among {parts} processes; each must "
-                             f"get a multiple of {spec.row_multiple} rows: leave the layer out of FSDP by ignored_params")  # fmt: skip
+            kind = f"stored as {list(size)}, input features first," if self.transposed else f"of {size[0]} rows"
+            raise ShardError(f"fully_shard: a {self.scheme.label} weight {kind} cannot be divided among {parts} processes; each "
+                             f"must get a multiple of {spec.row_multiple} rows: leave it out by ignored_params")  # fmt: skip
         return tuple(self.planes), (self.dtype, size)
 
     def fsdp_post_all_gather(

@@ -150,9 +150,8 @@ def _new_zeros(w: QuantizedTensor, size: list[int], **_: Any) -> QuantizedTensor
 @_implements(ATEN, aten.as_strided.default)
 def _as_strided(w: QuantizedTensor, size: list[int], stride: list[int], offset: int | None = None) -> QuantizedTensor:
     """The same planes as a contiguous matrix, which is the one way that strides can mean here."""
-    rows, cols = (*size, 0)[:2]
-    if len(size) != 2 or rows * cols != w.numel() or list(stride) != [cols, 1] or offset:
-        raise UnsupportedOnTensorError(f"as_strided of a packed weight {list(w.shape)} as {list(size)} with strides {list(stride)}: "
+    if len(size) != 2 or math.prod(size) != w.numel() or list(stride) != [size[1], 1] or offset:
+        raise UnsupportedOnTensorError(f"as_strided of a packed weight {list(w.shape)} as {list(size)}, strides {list(stride)}: "
                                        "call .dequantize() first")  # fmt: skip
     return w.with_planes(w.planes, size)
 
@@ -169,8 +168,10 @@ def _copy_(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> 
         assert isinstance(src, QuantizedTensor)
         return dst.copy_(src.dequantize(), non_blocking)
     if dst.apart:
-        raise UnsupportedOnTensorError(f"copy_ into a slice of a packed {dst.scheme.label} weight that cuts tiles of {TILE_N} rows or "
-                                       "lies along K would leave the weight as it is; copy into the whole, or .clone() the slice")  # fmt: skip
+        raise UnsupportedOnTensorError(
+            f"copy_ into a slice of a packed {dst.scheme.label} weight that cuts tiles of {TILE_N} rows or lies along K would "
+            "leave the weight as it is; copy into the whole, or .clone() the slice"
+        )
     if src.shape != dst.shape:
         raise RuntimeError(f"copy_: the packed weight is {list(dst.shape)}, the source is {list(src.shape)}")
     if type(src) is type(dst):
