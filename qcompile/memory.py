@@ -19,17 +19,19 @@ from torch import nn
 
 from .checkpoints.models import empty_model
 from .errors import CheckpointError, OptionError, ShardError
-from .formats import FormatSpec, Scheme
+from .formats import Scheme
 from .kv_cache import formats_of
 from .options import Options
 from .owners import Owners
 from .passes.trace_ahead import Look
-from .plan import Site
+from .plan import Decision, Site
 from .recorder import Recorder
 from .sharding import COLUMN, share, split_of
 from .tracing import call_through
 
 EVERYWHERE = "replicated"
+ELSEWHERE = Decision(Site("", "other"), None, "none")
+"""Of a parameter or buffer that no site of the graph is of."""
 
 
 @dataclass(frozen=True)
@@ -149,31 +151,33 @@ def _kv_nbytes(layer: Any, formats: tuple[Scheme, Scheme] | None, context: int, 
     return batch * heads * sum(s.format.nbytes(context, dim) for s, dim in zip(formats, dims, strict=True))
 
 
-def _grouped(model: nn.Module, decisions: Mapping[str, Any], devices: int) -> tuple[tuple[Group, ...], tuple[str, ...]]:
+def _grouped(
+    model: nn.Module, decisions: Mapping[str, Decision], devices: int
+) -> tuple[tuple[Group, ...], tuple[str, ...]]:
     owners, found, notes = Owners(), defaultdict(list), {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        decision = decisions.get(owners.name(tensor) or "")
-        site = decision.site if decision is not None else None
-        spec = decision.scheme.format if decision is not None and decision.scheme is not None else None
-        whole = spec.nbytes(*site.shape) if spec is not None else tensor.nbytes
+        decision = decisions.get(owners.name(tensor) or "", ELSEWHERE)
+        site, scheme = decision.site, decision.scheme
+        whole = tensor.nbytes if scheme is None else scheme.format.nbytes(*site.shape)
         split, own = EVERYWHERE, whole
-        if site is not None and site.is_linear and devices > 1 and (wanted := split_of(site.roles)) is not None:
+        wanted = split_of(site.roles) if site.is_linear and devices > 1 else None
+        if wanted is not None:
             try:
-                split, own = wanted, _share_nbytes(site, spec, wanted, devices, tensor)
+                own = _share_nbytes(decision, wanted, devices, tensor)
+                split = wanted
             except ShardError as error:
                 notes[site.name] = str(error)
-        label = decision.scheme.label if spec is not None else str(tensor.dtype).removeprefix("torch.")
-        roles = " + ".join(sorted(site.roles)) if site is not None else ""
-        found[roles or _kind(name, tensor), label, split].append((whole, own))
+        label = str(tensor.dtype).removeprefix("torch.") if scheme is None else scheme.label
+        found[" + ".join(sorted(site.roles)) or _kind(name, tensor), label, split].append((whole, own))
     made = [Group(layer, label, split, len(sizes), sum(w for w, _ in sizes), sum(o for _, o in sizes))
             for (layer, label, split), sizes in found.items()]  # fmt: skip
     return tuple(sorted(made, key=lambda g: -g.device_nbytes)), tuple(notes.values())
 
 
-def _share_nbytes(site: Site, spec: FormatSpec | None, split: str, devices: int, tensor: torch.Tensor) -> int:
-    n, k = site.shape
-    if spec is not None:
-        return spec.nbytes(*share(spec, n, k, split, devices, site.name))
+def _share_nbytes(decision: Decision, split: str, devices: int, tensor: torch.Tensor) -> int:
+    site, (n, k) = decision.site, decision.site.shape
+    if decision.scheme is not None:
+        return decision.scheme.format.nbytes(*share(decision.scheme.format, n, k, split, devices, site.name))
     if (n if split == COLUMN else k) % devices:
         raise ShardError(f"{site.name}: a {n}×{k} weight cannot be divided by {split} among {devices} devices; it is on each")
     return int(tensor.nbytes) // devices

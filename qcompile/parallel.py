@@ -60,8 +60,7 @@ def plan_by_roles(model: nn.Module, devices: int) -> dict[str, Any]:
         if split == ROW:
             styles[site.name] = RowwiseParallel()
         elif split == COLUMN:
-            gathered = {"output_layouts": Replicate()} if "lm_head" in site.roles else {}
-            styles[site.name] = ColwiseParallel(**gathered)
+            styles[site.name] = ColwiseParallel(output_layouts=Replicate() if "lm_head" in site.roles else None)
     if not styles:
         raise ShardError("parallelize_module: no layer of the model has a known role; pack it with qcompile.quantize_ first, or "
                          "give a plan: {'layers.*.up_proj': ColwiseParallel(), …}")  # fmt: skip

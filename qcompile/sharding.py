@@ -54,9 +54,9 @@ def share(spec: FormatSpec, n: int, k: int, split: str, devices: int, layer: str
                          "among devices; pack it in a format without one, or split the layer by rows of the weight")  # fmt: skip
     if size % (devices * unit):
         whole = f"{size} = {devices} × {size / devices:g}"
-        raise ShardError(f"{layer}: the {n}×{k} weight in {spec.name} has {whole} {what}; each of {devices} devices must get a multiple "
-                         f"of {unit}, for tiles and groups stay whole: take another number of devices, a format with smaller "
-                         "groups, or leave the layer whole")  # fmt: skip
+        raise ShardError(f"{layer}: the {n}×{k} weight in {spec.name} has {whole} {what}; each of {devices} devices must get a "
+                         f"multiple of {unit}, for tiles and groups stay whole: take another number of devices, a format with "
+                         "smaller groups, or leave the layer whole")  # fmt: skip
     return (n // devices, k) if split == COLUMN else (n, k // devices)
 
 

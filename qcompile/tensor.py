@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from . import ops
-from .errors import UnsupportedOnTensorError
+from .errors import ShardError, UnsupportedOnTensorError
 from .formats import Scheme, find, reference, register_scheme, scheme_of
 from .formats.layout import check_planes, matrix_shape
 
@@ -31,6 +31,8 @@ class QuantizedTensor(torch.Tensor):
     scheme: ClassVar[Scheme]
     key: ClassVar[str]
     transposed: ClassVar[bool]
+    apart: bool = False
+    """Whether it is a slice that shares no memory with what it was cut from."""
 
     @staticmethod
     def __new__(
@@ -133,6 +135,29 @@ class QuantizedTensor(torch.Tensor):
         """Everything that decides a compiled graph: scheme with the format's fingerprint, orientation, shape, dtype, device."""
         text = repr((self.key, self.transposed, tuple(self.shape), self.dtype, self.device))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def fsdp_pre_all_gather(
+        self, mesh: Any, size: torch.Size, stride: Any, module: torch.nn.Module, policy: Any
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.dtype, torch.Size]]:
+        """What FSDP2 gathers of this process's rows: their planes (Zhao et al., "PyTorch FSDP", 2023). Raises
+        :class:`~qcompile.errors.ShardError` where a tile of 16 rows or a block would lie in two processes."""
+        spec, parts = self.scheme.format, mesh.size()
+        if self.transposed or size[0] % (parts * spec.row_multiple):
+            kind = f"stored as {list(size)}, input features first," if self.transposed else f"of {size[0]} rows"
+            raise ShardError(f"fully_shard: a {self.scheme.label} weight {kind} cannot be divided among {parts} processes; each "
+                             f"must get a multiple of {spec.row_multiple} rows: leave it out by ignored_params")  # fmt: skip
+        return tuple(self.planes), (self.dtype, size)
+
+    def fsdp_post_all_gather(
+        self, planes: tuple[torch.Tensor, ...], kept: tuple[torch.dtype, torch.Size], dtype: torch.dtype, *,
+        out: torch.Tensor | None = None,
+    ) -> tuple[QuantizedTensor, tuple[torch.Tensor, ...]] | None:  # fmt: skip
+        """The whole weight over gathered ``planes``, and what holds its memory; None where ``out`` is over them already."""
+        if out is not None:
+            return None
+        parts, columns = planes[: len(self.scheme.format.parts)], planes[len(self.scheme.format.parts) :]
+        each = [c[: kept[1][1]] for c in columns]  # every process has them whole
+        return self.with_planes([*parts, *each], kept[1], kept[0]), planes
 
     def share_memory_(self) -> QuantizedTensor:
         for plane in self.planes:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from . import expert_views, experts, ops
 from .errors import UnsupportedOnTensorError
 from .formats import ALL, ROW, Plane, reference
-from .formats.layout import by_plane, pack_plane, unpack_plane
+from .formats.layout import by_plane, empty_planes, pack_plane, unpack_plane
 from .formats.spec import TILE_N
 from .multihead import multi_head
 from .tensor import QuantizedTensor, tensor_class
@@ -100,11 +100,15 @@ def _permute(w: QuantizedTensor, dims: list[int]) -> QuantizedTensor:
 
 @_implements(ATEN, aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 def _alias(w: QuantizedTensor) -> QuantizedTensor:
-    return w.with_planes([p.detach() for p in w.planes])
+    made = w.with_planes([p.detach() for p in w.planes])
+    made.apart = w.apart
+    return made
 
 
 @_implements(ATEN, aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(w: QuantizedTensor, shape: list[int]) -> QuantizedTensor:
+    if list(shape) == [-1]:  # FSDP2 keeps its part so; as_strided makes it a matrix again
+        return w.with_planes(w.planes, (w.numel(),))
     if list(w.shape) != [s if s != -1 else w.numel() // max(1, -torch.Size(shape).numel()) for s in shape]:
         raise UnsupportedOnTensorError(
             f"view of a packed weight {list(w.shape)} as {list(shape)}: call .dequantize() first"
@@ -138,12 +142,38 @@ def _like(w: QuantizedTensor, *, dtype: torch.dtype | None = None, device: Any =
     return w.with_planes([torch.zeros_like(p, device=device) for p in w.planes], dtype=dtype)
 
 
+@_implements(ATEN, aten.new_zeros.default)
+def _new_zeros(w: QuantizedTensor, size: list[int], **_: Any) -> QuantizedTensor:
+    """A matrix of the same format whose planes are zero."""
+    n, k = size[::-1] if w.transposed else size
+    return w.with_planes([torch.zeros_like(p) for p in empty_planes(w.scheme.format, n, k, w.device)], size)
+
+
+@_implements(ATEN, aten.as_strided.default)
+def _as_strided(w: QuantizedTensor, size: list[int], stride: list[int], offset: int | None = None) -> QuantizedTensor:
+    """The same planes as a contiguous matrix, which is the one way that strides can mean here."""
+    if len(size) != 2 or math.prod(size) != w.numel() or list(stride) != [size[1], 1] or offset:
+        raise UnsupportedOnTensorError(f"as_strided of a packed weight {list(w.shape)} as {list(size)}, strides {list(stride)}: "
+                                       "call .dequantize() first")  # fmt: skip
+    return w.with_planes(w.planes, size)
+
+
+@_implements(ATEN, aten.is_pinned.default)
+def _is_pinned(w: QuantizedTensor, device: Any = None) -> bool:
+    return all(p.is_pinned() for p in w.planes)
+
+
 @_implements(ATEN, aten.copy_.default)
 def _copy_(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """Packed to packed of one class copies planes; anything else goes through float and is quantized again."""
     if not isinstance(dst, QuantizedTensor):
         assert isinstance(src, QuantizedTensor)
         return dst.copy_(src.dequantize(), non_blocking)
+    if dst.apart:
+        raise UnsupportedOnTensorError(
+            f"copy_ into a slice of a packed {dst.scheme.label} weight that cuts tiles of {TILE_N} rows or lies along K would "
+            "leave the weight as it is; copy into the whole, or .clone() the slice"
+        )
     if src.shape != dst.shape:
         raise RuntimeError(f"copy_: the packed weight is {list(dst.shape)}, the source is {list(src.shape)}")
     if type(src) is type(dst):
@@ -265,10 +295,25 @@ def _slice(
     if (start, stop, step) == (0, w.shape[dim], 1):
         return _alias(w)
     if (dim % 2 == 0) != w.transposed:
-        return _rows(w, lambda rows: rows[start:stop:step], len(range(start, stop, step)))
+        if step == 1 and start % TILE_N == 0 and (stop % TILE_N == 0 or stop == w.shape[dim]) and start < stop:
+            return _tiles(w, start, stop)
+        return _apart(_rows(w, lambda rows: rows[start:stop:step], len(range(start, stop, step))))
     if step != 1:
         raise UnsupportedOnTensorError(f"slice with step {step} along K of a packed weight: call .dequantize() first")
-    return _columns(w, start, max(start, stop))
+    return _apart(_columns(w, start, max(start, stop)))
+
+
+def _tiles(w: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    """Rows ``start`` … ``stop``, whole tiles: a view, as of any tensor."""
+    parts, tiles = len(w.scheme.format.parts), slice(start // TILE_N, -(-stop // TILE_N))
+    shape = (w.shape[0], stop - start) if w.transposed else (stop - start, w.shape[1])
+    return w.with_planes([p[tiles] for p in w.planes[:parts]] + w.planes[parts:], shape)
+
+
+def _apart(w: QuantizedTensor) -> QuantizedTensor:
+    """A slice that is no view, marked: who writes into it would think to have written into the whole."""
+    w.apart = True
+    return w
 
 
 @_implements(ATEN, aten.split.Tensor)

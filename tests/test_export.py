@@ -13,7 +13,7 @@ from models import trained_decoder
 from torch import nn
 
 import qcompile
-from qcompile import formats
+from qcompile import formats, inductor
 from qcompile.deployment import check, unwrapping
 from qcompile.errors import OptionError, PackageError
 from qcompile.formats import Scheme
@@ -93,6 +93,7 @@ def packed(shape: tuple[int, int], name: str, dtype: torch.dtype) -> nn.Paramete
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_use_of_a_packed_weight_goes_into_a_package(dtype: torch.dtype, tmp_path: Path) -> None:
     model, ids, x = Zoo(dtype), torch.tensor([[3, 49, 0], [1, 1, 7]]), torch.randn(2, 3, 128).to(dtype)
+    inductor.install()
     program = torch.export.export(model, (ids, x))
     path = tmp_path / "zoo.pt2"
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))  # PyTorch's own way, which takes it too

@@ -176,6 +176,19 @@ def test_rows_and_whole_groups_can_be_sliced() -> None:
         weight[:, 16:96]
 
 
+def test_slices_of_whole_tiles_are_views_and_no_other_slice_takes_values() -> None:
+    weight = packed_linear(k=128, n=70).weight
+    with torch.no_grad():
+        for part in (slice(16, 48), slice(64, 70)):
+            new = quantize(torch.randn(weight[part].shape), INT4)
+            weight[part].copy_(new)
+            assert torch.equal(weight[part], new) and torch.equal(weight.dequantize()[part], new.dequantize())
+        for part in ((slice(3, 40),), (slice(None), slice(32, 96)), (slice(0, 70, 2),)):
+            with pytest.raises(UnsupportedOnTensorError, match="would leave the weight as it is"):
+                weight[part].detach().copy_(torch.zeros(weight[part].shape))
+            weight[part].clone().copy_(torch.zeros(weight[part].shape))
+
+
 @each_scheme
 def test_embedding_gathers_rows(scheme: Scheme) -> None:
     table = packed_linear(scheme, k=64, n=50).weight

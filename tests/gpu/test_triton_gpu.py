@@ -82,6 +82,15 @@ def test_a_captured_graph_replays_the_same_numbers() -> None:
         assert torch.equal(got, want)
 
 
+def test_reduce_overhead_replays_on_new_inputs() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 256)).cuda().bfloat16()
+    compiled = torch.compile(layer, backend="qcompile", options={"policy": "int4", "mode": "reduce-overhead"})
+    with torch.no_grad():
+        for _ in range(5):  # warmed up, recorded, replayed
+            x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+            torch.testing.assert_close(compiled(x).clone(), layer(x), rtol=2e-2, atol=2e-2)
+
+
 def test_a_second_device_or_stream_is_respected() -> None:
     kernels = triton_kernels(cases.schemes()[4])
     planes, _ = weights(kernels, 512, 1024)
