@@ -26,7 +26,7 @@ from .calibration import packed, samples
 STEPS, BATCH, WINDOWS = 200, 4, 64
 SAMPLES = 64
 """Windows that GPTQ looks at."""
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 2e-4
 ROUNDS = 9
 """Of interleaved steps, for their medians."""
 
