@@ -153,8 +153,8 @@ def _decoded(planes: Sequence[Node], indices: Node | None, scheme: str, n: int, 
 
 
 def check(operator: str, scheme: str, device: torch.device, dtypes: Sequence[torch.dtype], layer: str) -> None:
-    """Raises :class:`PackageError` naming the layer where an ``operator`` of ours ("linear", "grouped_linear", "rows", "decode") on ``device``, x
-    and bias being of ``dtypes``, has no kernel in C++."""
+    """Raises :class:`PackageError` naming the layer where an ``operator`` of ours ("linear", "grouped_linear", "rows", "decode")
+    on ``device``, x and bias being of ``dtypes``, has no kernel in C++."""
     spec, label = scheme_of(scheme).format, scheme_of(scheme).label
     if device.type != "cpu":
         raise PackageError(f"package: {layer}, in {label}, is on {device}; packages are made for CPUs: move the model to one, or "

@@ -6,15 +6,13 @@ features; see Shoeybi et al., "Megatron-LM", 2019. Tiles of 16 rows, blocks of s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 
 from .errors import ShardError
-from .formats import ROW as WHOLE_ROW
 from .formats import FormatSpec
-from .formats.spec import Part
+from .formats.layout import columns_multiple, columns_of
 from .tensor import QuantizedTensor
 
 COLUMN, ROW = "column", "row"
@@ -40,10 +38,7 @@ def split_of(roles: Iterable[str]) -> str | None:
 
 def step(spec: FormatSpec, split: str) -> int:
     """What a device's share must be a multiple of: output features (``COLUMN``) or input features (``ROW``)."""
-    if split == COLUMN:
-        return spec.row_multiple
-    spans = (part.plane.per * part.entries for part in spec.parts if part.plane.per != WHOLE_ROW)
-    return math.lcm(spec.whole_groups, *spans)
+    return spec.row_multiple if split == COLUMN else columns_multiple(spec)
 
 
 def share(spec: FormatSpec, n: int, k: int, split: str, devices: int, layer: str) -> tuple[int, int]:
@@ -71,14 +66,6 @@ def shard(weight: QuantizedTensor, split: str, rank: int, devices: int, layer: s
     if split == COLUMN:
         planes = [plane.chunk(devices)[rank] for plane in stored] + columns
     else:
-        planes = [_columns(part, plane, rank * k, k) for part, plane in zip(spec.parts, stored, strict=True)]
+        planes = columns_of(spec, stored, rank * k, (rank + 1) * k)
         planes += [plane[rank * k : (rank + 1) * k] for plane in columns]
     return weight.with_planes([plane.clone() for plane in planes], (k, n) if weight.transposed else (n, k))
-
-
-def _columns(part: Part, plane: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """Of a stored plane, what belongs to weights ``start`` … ``start + count`` of each row, both multiples of :func:`step`."""
-    if part.plane.per == WHOLE_ROW:
-        return plane
-    span = part.plane.per * part.entries
-    return plane[:, start // span : (start + count) // span]
