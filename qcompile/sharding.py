@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-
 from .errors import ShardError
 from .formats import FormatSpec
 from .formats.layout import columns_multiple, columns_of
