@@ -68,15 +68,14 @@ def tokens(model: LlamaForCausalLM, way: str, **settings: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_tokens_are_those_of_the_uncompiled_model(cache: str) -> None:
-    """One model after the other way; two graphs for the first (three where lengths grow), few for other batches, none again."""
+    """One way after the other over one model: up to three graphs for the first, few for other batches, none again."""
     model, reference = compiled(), packed()
     graphs = {}
     for way in ("greedy", "sampling", "beams", "padding", "greedy"):
         expected = tokens(reference, way, cache_implementation=cache)
         assert torch.equal(tokens(model, way, cache_implementation=cache), expected), way
         graphs[way] = counters["stats"]["unique_graphs"]
-    first = 2 if cache == "static" else 3
-    assert graphs["sampling"] == first and graphs["padding"] <= first + 5 and graphs["greedy"] == graphs["padding"], graphs
+    assert graphs["sampling"] <= 3 and graphs["padding"] <= 8 and graphs["greedy"] == graphs["padding"], graphs
     assert not counters["graph_break"]
 
 
