@@ -1,4 +1,4 @@
-"""What does quantization-aware training win back, and what does a step cost? The trained decoder, fine-tuned on its own text."""
+"""What does quantization-aware training win back, and what does a step cost? The trained decoder, taught by itself in float."""
 
 from __future__ import annotations
 
@@ -23,25 +23,34 @@ import training
 
 from .calibration import packed, samples
 
-STEPS, BATCH, WINDOWS = 200, 4, 64
+STEPS, BATCH, WINDOWS = 300, 4, 400
 SAMPLES = 64
 """Windows that GPTQ looks at."""
-LEARNING_RATE = 2e-4
 ROUNDS = 9
 """Of interleaved steps, for their medians."""
 
-BITS = {"int4_g128": 4, "int3_g128": 3, "int2_g32": 2}
+RATES = {"int4_g128": 1e-4, "int3_g128": 2e-4, "int2_g32": 3e-4}
+"""Formats and their learning rates: the coarser the steps of a format, the further weights must move."""
+
 TIMED = ("int4", "int8", "nf4", "Q4_K", "int2_g32", "int8_dynamic")
 
 
 @torch.enable_grad()
-def tuned(model: Any, run: Any, ids: torch.Tensor) -> float:
-    """Fine-tunes ``model``, called as ``run``, on the same windows in the same order whatever it is; returns seconds."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+def tuned(model: Any, run: Any, teacher: Any, ids: torch.Tensor, rate: float) -> float:
+    """Trains ``model``, called as ``run``, to predict what the float ``teacher`` does (Hinton et al. 2015), on the same windows
+    in the same order whatever it is; returns seconds."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 20, (STEPS - s) / (STEPS - 20)))
     draw, began = torch.Generator().manual_seed(7), time.perf_counter()
     for _ in range(STEPS):
-        step(run, windows(ids, draw), optimizer)
+        rows = windows(ids, draw)[:, :-1]
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                wanted = teacher(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)
+            found = run(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)
+        (F.kl_div(found, wanted, log_target=True, reduction="sum") / rows.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
     return time.perf_counter() - began
 
@@ -70,10 +79,11 @@ def of_torchao(policy: str) -> Callable[[Any], Any] | None:
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    group, dtype = int(policy.split("_g")[1]), {4: torch.int4, 3: torch.int3, 2: torch.int2}[BITS[policy]]
+    bits, group = policy.removeprefix("int").split("_g")
+    dtype = {"4": torch.int4, "3": torch.int3, "2": torch.int2}[bits]
 
     def prepared(model: Any) -> Any:
-        config = IntxFakeQuantizeConfig(dtype, group_size=group, is_symmetric=False)
+        config = IntxFakeQuantizeConfig(dtype, group_size=int(group), is_symmetric=False)
         quantize_(model, QATConfig(weight_config=config, step="prepare"))
         return torch.compile(model)
 
@@ -83,35 +93,37 @@ def of_torchao(policy: str) -> Callable[[Any], Any] | None:
 def accuracy() -> Iterator[dict[str, Any]]:
     """One row a format and way; ``recovered``: the share of what rounding the float model to nearest loses."""
     model, tokenizer, text = training.trained_decoder()
-    model.requires_grad_(True)
     texts, _ = training.split(training.standard_library())
     ids, held_out = training.encode(tokenizer, texts), training.encode(tokenizer, [text])
-    floats = copy.deepcopy(model)
-    seconds = tuned(floats.train(), torch.compile(floats), ids)
-    best = loss(floats.eval(), held_out)
-    yield {"format": "float32", "way": "fine-tuned", "loss": best, "perplexity": math.exp(best), "seconds": seconds}
-    data = samples(tokenizer, SAMPLES)
-    for policy in BITS:
+    teacher, data = torch.compile(copy.deepcopy(model)), samples(tokenizer, SAMPLES)
+    best = loss(model, held_out)
+    model.requires_grad_(True)
+    yield {"format": "float32", "way": "as it is", "loss": best, "perplexity": math.exp(best)}
+    for policy, rate in RATES.items():
         torch._dynamo.reset()
-        nearest = loss(packed(floats, policy, data[0]), held_out)
+        nearest = loss(packed(model, policy, data[0]), held_out)
 
         def row(way: str, value: float, seconds: float, nearest: float = nearest, policy: str = policy) -> dict[str, Any]:
             return {"format": policy, "way": way, "loss": value, "perplexity": math.exp(value),
                     "recovered": (nearest - value) / (nearest - best), "seconds": seconds}  # fmt: skip
 
+        def trained(start: Any, policy: str = policy, rate: float = rate) -> tuple[float, float]:
+            own = copy.deepcopy(start).train()
+            run = torch.compile(own, backend="qcompile", options={"qat": True, "policy": policy})
+            seconds = tuned(own, run, teacher, ids, rate)
+            return loss(packed(own.eval(), policy, data[0]), held_out), seconds
+
         yield row("rounded to nearest", nearest, 0.0)
         began = time.perf_counter()
         with torch.no_grad():
-            found = qcompile.calibrate(floats, data, policy=policy, method="gptq", progress=False)
-        yield row("GPTQ", loss(packed(floats, found, data[0]), held_out), time.perf_counter() - began)
-        own = copy.deepcopy(model).train()
-        run = torch.compile(own, backend="qcompile", options={"qat": True, "policy": policy})
-        seconds = tuned(own, run, ids)
-        yield row("trained", loss(packed(own.eval(), policy, data[0]), held_out), seconds)
+            found = qcompile.calibrate(model, data, policy=policy, method="gptq", progress=False)
+        yield row("GPTQ", loss(packed(model, found, data[0]), held_out), time.perf_counter() - began)
+        yield row("trained", *trained(model))
+        yield row("GPTQ, then trained", *trained(found.round_(copy.deepcopy(model))))
         if (prepare := of_torchao(policy)) is not None:
             other = copy.deepcopy(model).train()
             run = prepare(other)
-            seconds = tuned(other, run, ids)
+            seconds = tuned(other, run, teacher, ids, rate)
             yield row("trained by torchao", loss(run.eval(), held_out), seconds)
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import CheckpointError, CorruptCheckpointError, FormatError, MissingTensorError, PolicyError, QCompileError
-from .formats import Scheme, find, register_format, register_scheme, scheme_of, serial
+from .formats import Scheme, find, reference, register_format, register_scheme, scheme_of, serial
 from .formats.layout import check_planes, matrix_shape
+from .owners import unwrapped
 from .packing import Packed, digest
 from .policy import Policy
 
@@ -106,6 +108,25 @@ class Calibration:
             raise PolicyError(f"{entry.layer}: calibrated for other weights (SHA-256 {entry.digest[:12]}…, found {found[:12]}…): "
                               "the model was trained on, cast or loaded anew; calibrate it as it is now")  # fmt: skip
         return Packed([p.to(value.device, copy=True) for p in entry.packed.planes], entry.packed.sqnr)
+
+    @torch.no_grad()
+    def round_(self, model: nn.Module) -> nn.Module:
+        """Puts the values that the planes stand for in place of the float weights of ``model``, which is returned: a start for
+        quantization-aware training that is better than rounding to nearest.
+
+        Weights that were rounded to nearest stay. Raises :class:`PolicyError` where ``model`` is not the calibrated one.
+        """
+        parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+        self.check_names(list(parameters))
+        present = {name: entry for name, entry in self if entry.packed is not None and name in parameters}
+        found = {name: self.packed_for(name, parameters[name], entry.transposed) for name, entry in present.items()}
+        for name, packed in found.items():  # all of them fit before the first is written
+            entry = present[name]
+            assert packed is not None
+            n, k = entry.shape[::-1] if entry.transposed else entry.shape
+            decoded = reference.decode(entry.scheme.format, packed.planes, n, k)
+            parameters[name].copy_(decoded.t() if entry.transposed else decoded)
+        return model
 
     def save(self, folder: str | Path) -> Path:
         """Writes ``calibration.json`` and ``planes.safetensors`` into ``folder``, which it returns; nothing is pickled."""

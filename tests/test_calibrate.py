@@ -376,6 +376,25 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     assert torch.equal(applied(loaded)(x), applied(calibrated)(x))
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_float_weights_take_the_values_that_were_found(method: str) -> None:
+    calibrated = qcompile.calibrate(Model(), samples(), policy={"head": "int8", "*": "int4_g32"}, method=method)
+    model, x = Model(), samples(1)[0]
+    packed = {name: p.dequantize() for name, p in applied(calibrated).named_parameters() if isinstance(p, QuantizedTensor)}
+    assert calibrated.round_(model) is model and packed
+    for name, decoded in packed.items():
+        assert type(model.get_parameter(name)) is nn.Parameter and torch.equal(model.get_parameter(name), decoded)
+    other = Model()
+    other.head.weight.data[0, 0] += 0.5
+    before = {name: p.clone() for name, p in other.named_parameters()}
+    with pytest.raises(PolicyError, match="head: calibrated for other weights"):
+        calibrated.round_(other)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())  # nothing was written
+    with pytest.raises(PolicyError, match="calibration is of another model"):
+        calibrated.round_(nn.Sequential(nn.Linear(WIDTH, 8)))
+    assert torch.isfinite(model(x)).all()
+
+
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     folder = qcompile.calibrate(Model(1), samples(2), policy="int4_g32").save(tmp_path / "saved")
     record = folder / "calibration.json"
