@@ -161,4 +161,5 @@ def _interleaved(steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]
 
 def run() -> list[dict[str, Any]]:
     """Rows of steps, then of accuracy."""
+    torch._dynamo.config.recompile_limit = 64  # one forward, compiled in every way
     return [*times(), *accuracy()]
