@@ -1,12 +1,11 @@
 """What PyTorch functions mean on a :class:`~qcompile.tensor.QuantizedTensor`.
 
-Linear algebra runs on the packed planes. Operations along rows (and K, where groups allow) unpack codes, move them and
-pack again: exact, no second rounding.
+Linear algebra runs on the packed planes. Rows and columns are :mod:`qcompile.tensor_parts`, stacks of matrices
+:mod:`qcompile.experts`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import expert_views, experts, ops
+from . import expert_views, experts, ops, tensor_parts
 from .errors import UnsupportedOnTensorError
-from .formats import ALL, ROW, Plane, reference
-from .formats.layout import by_plane, empty_planes, pack_plane, unpack_plane
+from .experts import implements
+from .formats import reference
+from .formats.layout import empty_planes
 from .formats.spec import TILE_N
 from .multihead import multi_head
 from .tensor import QuantizedTensor, tensor_class
@@ -26,21 +26,11 @@ aten = torch.ops.aten
 FUNCTIONS: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head, **experts.FUNCTIONS,
                                               **expert_views.VIEWS}  # fmt: skip
 """``__torch_function__``: functions that must be seen before PyTorch decomposes them."""
-ATEN: dict[Any, Callable[..., Any]] = {}
+ATEN: dict[Any, Callable[..., Any]] = dict(tensor_parts.ATEN)
 """``__torch_dispatch__``: ATen operators."""
 
 
-def _implements(
-    table: dict[Any, Callable[..., Any]], *functions: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        table.update(dict.fromkeys(functions, implementation))
-        return implementation
-
-    return register
-
-
-@_implements(FUNCTIONS, F.linear)
+@implements(FUNCTIONS, F.linear)
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if not isinstance(weight, QuantizedTensor) or isinstance(input, QuantizedTensor):
         raise UnsupportedOnTensorError(
@@ -51,7 +41,7 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return _matmul(input, weight, bias)
 
 
-@_implements(ATEN, aten.linear.default)
+@implements(ATEN, aten.linear.default)
 def _aten_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return _matmul(x, weight, bias)
 
@@ -68,7 +58,7 @@ def _matmul(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None 
     return ops.linear(x, weight.planes, bias, weight.key, n)
 
 
-@_implements(ATEN, aten.mm.default, aten.matmul.default)
+@implements(ATEN, aten.mm.default, aten.matmul.default)
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if isinstance(a, QuantizedTensor):
         return a.dequantize() @ _float(b)
@@ -76,36 +66,36 @@ def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _matmul(a, _transpose(b))
 
 
-@_implements(ATEN, aten.addmm.default)
+@implements(ATEN, aten.addmm.default)
 def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
     if beta == 1 and alpha == 1 and bias.dim() == 1 and isinstance(b, QuantizedTensor) and type(a) is not type(b):
         return _matmul(a, _transpose(b), bias)
     return alpha * _mm(a, b) + beta * bias
 
 
-@_implements(ATEN, aten.t.default)
+@implements(ATEN, aten.t.default)
 def _transpose(w: QuantizedTensor, *_: int) -> QuantizedTensor:
     return tensor_class(w.scheme, not w.transposed)(w.planes, w.shape[::-1], w.dtype)
 
 
-@_implements(ATEN, aten.transpose.int)
+@implements(ATEN, aten.transpose.int)
 def _transpose_dims(w: QuantizedTensor, dim0: int, dim1: int) -> QuantizedTensor:
     return _transpose(w) if dim0 % 2 != dim1 % 2 else w.with_planes(w.planes)
 
 
-@_implements(ATEN, aten.permute.default)
+@implements(ATEN, aten.permute.default)
 def _permute(w: QuantizedTensor, dims: list[int]) -> QuantizedTensor:
     return _transpose_dims(w, 0, 1 if dims[0] % 2 == 1 else 0)
 
 
-@_implements(ATEN, aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+@implements(ATEN, aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 def _alias(w: QuantizedTensor) -> QuantizedTensor:
     made = w.with_planes([p.detach() for p in w.planes])
     made.apart = w.apart
     return made
 
 
-@_implements(ATEN, aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+@implements(ATEN, aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(w: QuantizedTensor, shape: list[int]) -> QuantizedTensor:
     if list(shape) == [-1]:  # FSDP2 keeps its part so; as_strided makes it a matrix again
         return w.with_planes(w.planes, (w.numel(),))
@@ -116,17 +106,17 @@ def _view(w: QuantizedTensor, shape: list[int]) -> QuantizedTensor:
     return _alias(w)
 
 
-@_implements(ATEN, aten.clone.default)
+@implements(ATEN, aten.clone.default)
 def _clone(w: QuantizedTensor, *, memory_format: Any = None) -> QuantizedTensor:
     return w.with_planes([p.clone() for p in w.planes])
 
 
-@_implements(ATEN, aten.contiguous.default)
+@implements(ATEN, aten.contiguous.default)
 def _contiguous(w: QuantizedTensor, *, memory_format: Any = None) -> QuantizedTensor:
     return w
 
 
-@_implements(ATEN, aten._to_copy.default)
+@implements(ATEN, aten._to_copy.default)
 def _to_copy(
     w: QuantizedTensor, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **_: Any
 ) -> Any:
@@ -137,19 +127,19 @@ def _to_copy(
     return w.with_planes(planes, dtype=dtype)
 
 
-@_implements(ATEN, aten.empty_like.default, aten.zeros_like.default)
+@implements(ATEN, aten.empty_like.default, aten.zeros_like.default)
 def _like(w: QuantizedTensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> QuantizedTensor:
     return w.with_planes([torch.zeros_like(p, device=device) for p in w.planes], dtype=dtype)
 
 
-@_implements(ATEN, aten.new_zeros.default)
+@implements(ATEN, aten.new_zeros.default)
 def _new_zeros(w: QuantizedTensor, size: list[int], **_: Any) -> QuantizedTensor:
     """A matrix of the same format whose planes are zero."""
     n, k = size[::-1] if w.transposed else size
     return w.with_planes([torch.zeros_like(p) for p in empty_planes(w.scheme.format, n, k, w.device)], size)
 
 
-@_implements(ATEN, aten.as_strided.default)
+@implements(ATEN, aten.as_strided.default)
 def _as_strided(w: QuantizedTensor, size: list[int], stride: list[int], offset: int | None = None) -> QuantizedTensor:
     """The same planes as a contiguous matrix, which is the one way that strides can mean here."""
     if len(size) != 2 or math.prod(size) != w.numel() or list(stride) != [size[1], 1] or offset:
@@ -158,12 +148,12 @@ def _as_strided(w: QuantizedTensor, size: list[int], stride: list[int], offset: 
     return w.with_planes(w.planes, size)
 
 
-@_implements(ATEN, aten.is_pinned.default)
+@implements(ATEN, aten.is_pinned.default)
 def _is_pinned(w: QuantizedTensor, device: Any = None) -> bool:
     return all(p.is_pinned() for p in w.planes)
 
 
-@_implements(ATEN, aten.copy_.default)
+@implements(ATEN, aten.copy_.default)
 def _copy_(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """Packed to packed of one class copies planes; anything else goes through float and is quantized again."""
     if not isinstance(dst, QuantizedTensor):
@@ -192,24 +182,24 @@ def _packed_as(w: QuantizedTensor, floats: torch.Tensor) -> list[torch.Tensor]:
     return reference.quantize(spec, matrix, factors=w.planes[-1] if spec.scaled else None)
 
 
-@_implements(ATEN, aten.add_.Tensor)
+@implements(ATEN, aten.add_.Tensor)
 def _add_(w: torch.Tensor, other: Any, *, alpha: float = 1) -> torch.Tensor:
     """Packs the sum again, as merging an adapter asks: what is less than half a step of the format may be lost."""
     return _copy_(w, _sum(w, other, alpha=alpha)) if isinstance(w, QuantizedTensor) else w.add_(_float(other), alpha=alpha)
 
 
-@_implements(ATEN, aten.sub_.Tensor)
+@implements(ATEN, aten.sub_.Tensor)
 def _sub_(w: torch.Tensor, other: Any, *, alpha: float = 1) -> torch.Tensor:
     return _add_(w, other, alpha=-alpha)
 
 
-@_implements(ATEN, aten.add.Tensor)
+@implements(ATEN, aten.add.Tensor)
 def _sum(a: Any, b: Any, *, alpha: float = 1) -> torch.Tensor:
     """A float tensor."""
     return torch.add(_float(a), _float(b), alpha=alpha)
 
 
-@_implements(FUNCTIONS, torch.isfinite)
+@implements(FUNCTIONS, torch.isfinite)
 def _isfinite(w: QuantizedTensor) -> torch.Tensor:
     return torch.isfinite(w.dequantize())
 
@@ -218,7 +208,7 @@ def _float(value: Any) -> Any:
     return value.dequantize() if isinstance(value, QuantizedTensor) else value
 
 
-@_implements(FUNCTIONS, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+@implements(FUNCTIONS, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
 def _set_data(w: QuantizedTensor, value: torch.Tensor) -> None:
     """``w.data = value``: takes the planes of a packed tensor of this class; packs floats of this shape."""
     if value.shape != w.shape or not value.is_floating_point():
@@ -231,116 +221,8 @@ def _set_data(w: QuantizedTensor, value: torch.Tensor) -> None:
         setattr(w, f"_{name}", getattr(made, f"_{name}"))
 
 
-@_implements(ATEN, aten.equal.default)
+@implements(ATEN, aten.equal.default)
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     if type(a) is type(b) and a.shape == b.shape:
         return all(torch.equal(p, q) for p, q in zip(a.planes, b.planes, strict=True))  # type: ignore[attr-defined]
     return torch.equal(_float(a), _float(b))
-
-
-def _rows(w: QuantizedTensor, pick: Callable[[torch.Tensor], torch.Tensor], n: int) -> QuantizedTensor:
-    """``pick`` applied to the rows ``[N, entries]`` of every plane; ``n`` rows come out."""
-    spec, (rows, k) = w.scheme.format, w.nk
-    planes: list[torch.Tensor] = []
-    for plane, stored in _unpacked(w):
-        entries = pick(unpack_plane(plane, stored, rows))
-        if plane.rows not in (1, ALL):
-            entries = _by_tile(entries, plane.name, w)
-        elif plane.rows == ALL:
-            entries = entries[:1]
-        planes += pack_plane(spec, dataclasses.replace(plane, rows=min(plane.rows, TILE_N)), entries, n, k)
-    return w.with_planes([*planes, *w.planes[len(planes) :]], (k, n) if w.transposed else (n, k))
-
-
-def _by_tile(entries: torch.Tensor, name: str, w: QuantizedTensor) -> torch.Tensor:
-    """One row for each 16 of ``entries``, which must agree: rows that share scales can only move together."""
-    tiles = entries[::TILE_N]
-    if not torch.equal(tiles.repeat_interleave(TILE_N, 0)[: len(entries)], entries):
-        raise UnsupportedOnTensorError(f"rows of a {w.scheme.label} weight share {name!r} in blocks; slice at multiples of a "
-                                       "block, or call .dequantize() first")  # fmt: skip
-    return tiles
-
-
-def _unpacked(w: QuantizedTensor) -> list[tuple[Plane, list[torch.Tensor]]]:
-    """Planes in spec order with their stored parts."""
-    grouped = by_plane(w.scheme.format, w.planes)
-    return [(p, grouped[p.name]) for p in w.scheme.format.planes]
-
-
-def _columns(w: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    """Weights ``start``…``stop`` along K; both must lie on borders of the longest group (``stop`` may be K)."""
-    spec, (n, k) = w.scheme.format, w.nk
-    group = math.lcm(*(p.per for p in spec.scales if p.per != ROW))
-    if spec.permuted or start % group or (stop % group and stop != k):
-        why = "whose columns are permuted" if spec.permuted else f"cuts a group of {group} weights of {spec.name}"
-        raise UnsupportedOnTensorError(f"slice {start}:{stop} along K = {k} {why}; slice at multiples of {group}, or call "
-                                       ".dequantize() first")  # fmt: skip
-    planes: list[torch.Tensor] = []
-    for plane, stored in _unpacked(w):
-        entries = unpack_plane(plane, stored, n)
-        if plane.per != ROW:
-            entries = entries[:, start // plane.per : -(-stop // plane.per)]
-        if plane.rows != 1:
-            entries = entries[:1] if plane.rows == ALL else entries[::TILE_N]
-        planes += pack_plane(spec, dataclasses.replace(plane, rows=min(plane.rows, TILE_N)), entries, n, stop - start)
-    planes += [each[start:stop] for each in w.planes[len(spec.parts) :]]
-    return w.with_planes(planes, (stop - start, n) if w.transposed else (n, stop - start))
-
-
-@_implements(ATEN, aten.slice.Tensor)
-def _slice(
-    w: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> QuantizedTensor:
-    start, stop, step = slice(start, end, step).indices(w.shape[dim])
-    if (start, stop, step) == (0, w.shape[dim], 1):
-        return _alias(w)
-    if (dim % 2 == 0) != w.transposed:
-        if step == 1 and start % TILE_N == 0 and (stop % TILE_N == 0 or stop == w.shape[dim]) and start < stop:
-            return _tiles(w, start, stop)
-        return _apart(_rows(w, lambda rows: rows[start:stop:step], len(range(start, stop, step))))
-    if step != 1:
-        raise UnsupportedOnTensorError(f"slice with step {step} along K of a packed weight: call .dequantize() first")
-    return _apart(_columns(w, start, max(start, stop)))
-
-
-def _tiles(w: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    """Rows ``start`` … ``stop``, whole tiles: a view, as of any tensor."""
-    parts, tiles = len(w.scheme.format.parts), slice(start // TILE_N, -(-stop // TILE_N))
-    shape = (w.shape[0], stop - start) if w.transposed else (stop - start, w.shape[1])
-    return w.with_planes([p[tiles] for p in w.planes[:parts]] + w.planes[parts:], shape)
-
-
-def _apart(w: QuantizedTensor) -> QuantizedTensor:
-    """A slice that is no view, marked: who writes into it would think to have written into the whole."""
-    w.apart = True
-    return w
-
-
-@_implements(ATEN, aten.split.Tensor)
-def _split(w: QuantizedTensor, size: int, dim: int = 0) -> list[QuantizedTensor]:
-    return [_slice(w, dim, i, i + size) for i in range(0, w.shape[dim], size)]
-
-
-@_implements(ATEN, aten.index_select.default)
-def _index_select(w: QuantizedTensor, dim: int, index: torch.Tensor) -> Any:
-    if (dim % 2 == 0) == w.transposed:
-        return w.dequantize().index_select(dim, index)
-    return _rows(w, lambda rows: rows.index_select(0, index), index.numel())
-
-
-@_implements(ATEN, aten.select.int)
-def _select(w: QuantizedTensor, dim: int, index: int) -> torch.Tensor:
-    """One row or column, as a float vector."""
-    if (dim % 2 == 0) == w.transposed:
-        return w.dequantize().select(dim, index)
-    row = _slice(w, dim, index % w.shape[dim], index % w.shape[dim] + 1)
-    return row.dequantize().select(dim, 0)
-
-
-@_implements(ATEN, aten.embedding.default)
-def _embedding(w: QuantizedTensor, indices: torch.Tensor, *_: Any) -> torch.Tensor:
-    """Gathers the packed rows that ``indices`` name and decodes only those; out of range raises ``IndexError``."""
-    if w.transposed:
-        return F.embedding(indices, w.dequantize())
-    n, k = w.nk
-    return ops.rows(w.planes, indices, w.key, n, k, w.dtype)
