@@ -13,6 +13,7 @@ from torch import nn
 from qcompile import target
 from qcompile.calibration import Calibration
 from qcompile.dtensor import packed_in
+from qcompile.dtensor import why_not as why_undivided
 from qcompile.errors import KernelBuildError
 from qcompile.formats import Scheme, register_scheme
 from qcompile.kernels import attention_for, begin, for_key
@@ -251,7 +252,7 @@ class Compilation:
         elif id(value) not in self.owners.slots:
             reason = "the weight is not a parameter of any module, so it cannot be exchanged for a packed one"
         else:
-            reason = self._why_left(value)
+            reason = why_undivided(value) or self._why_left(value)
         return dataclasses.replace(site, unsupported=reason)
 
     def _of_sibling(self, site: Site) -> Site:

@@ -47,6 +47,13 @@ def part_to_pack(value: torch.Tensor, spec: FormatSpec, transposed: bool, layer:
     return local
 
 
+def why_not(value: torch.Tensor) -> str | None:
+    """Why a weight cannot be packed part by part, if it cannot."""
+    if as_dtensor(value) is None or value.dim() == 2:
+        return None
+    return "a stack of experts that is divided among devices; divide a copy that is not a DTensor, or keep it whole"
+
+
 def _divided(whole: Any, layer: str) -> list[tuple[int, int]]:
     """(dimension, parts) of each division of a DTensor."""
     found = []

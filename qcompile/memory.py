@@ -20,6 +20,7 @@ from torch import nn
 from .checkpoints.models import empty_model
 from .errors import CheckpointError, OptionError, ShardError
 from .formats import Scheme
+from .formats.layout import matrix_shape
 from .kv_cache import formats_of
 from .options import Options
 from .owners import Owners
@@ -158,9 +159,11 @@ def _grouped(
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         decision = decisions.get(owners.name(tensor) or "", ELSEWHERE)
         site, scheme = decision.site, decision.scheme
-        whole = tensor.nbytes if scheme is None else scheme.format.nbytes(*site.shape)
+        whole = tensor.nbytes if scheme is None else scheme.format.nbytes(*matrix_shape(site.shape))
         split, own = EVERYWHERE, whole
         wanted = split_of(site.roles) if site.is_linear and devices > 1 else None
+        if wanted is not None and len(site.shape) == 3:
+            notes[site.name], wanted = f"{site.name}: {site.shape[0]} experts of one stack are on every device", None
         if wanted is not None:
             try:
                 own = _share_nbytes(decision, wanted, devices, tensor)

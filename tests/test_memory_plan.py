@@ -44,6 +44,17 @@ def test_one_device_takes_what_a_conversion_counts(policy: object) -> None:
     assert plan.weights_nbytes == plan.weights_device_nbytes == counted(SMALL, policy)
 
 
+def test_experts_are_counted_as_they_are_packed_and_on_every_device() -> None:
+    config = {name: value for name, value in SMALL.items() if name != "rope_theta"} | {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
+        "intermediate_size": 520}  # fmt: skip
+    plan = qcompile.memory_plan(config, policy="int4_g32", devices=2)
+    assert plan.weights_nbytes == counted(config, "int4_g32")
+    experts = [g for g in plan.groups if "gate_proj" in g.layer or "down_proj" in g.layer]
+    assert experts and all(g.format == "int4_g32" and g.nbytes == g.device_nbytes for g in experts)
+    assert any("4 experts of one stack are on every device" in note for note in plan.notes)
+
+
 def test_tied_weights_count_once() -> None:
     tied = SMALL | {"tie_word_embeddings": True}
     plan = qcompile.memory_plan(tied, policy="int4", devices=2)

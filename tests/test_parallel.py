@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from parallel_worker import ADAPTED, IDS, POLICY, Adapted, decoder, linear_bytes
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import qcompile
 from qcompile import formats
@@ -137,3 +138,27 @@ def test_parts_of_planes_are_the_weight(spec: formats.FormatSpec, transposed: bo
         assert not owned & {p.untyped_storage().data_ptr() for p in weight.planes}, "the whole weight can go"
         with pytest.raises(ShardError, match="2 devices must get a multiple of"):
             shard(weight, split, 0, 2)
+
+
+class Experts(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = torch.nn.Parameter(torch.randn(4, 32, 48))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.stack)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_divided_stack_of_experts_stays_in_floating_point_and_says_why() -> None:
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model, x = Experts(), torch.randn(4, 3, 32)
+        assert qcompile.explain(model, x, policy="int8").plan.records[0].decision.scheme is not None  # whole, it is packed
+        model.stack = torch.nn.Parameter(distribute_tensor(model.stack.detach(), mesh, [Shard(0)]))
+        report = qcompile.explain(model, distribute_tensor(x, mesh, [Shard(0)]), policy="int8")
+        (record,) = report.plan.records
+        assert record.decision.scheme is None and "divided among devices" in (record.decision.reason or "")
+    finally:
+        torch.distributed.destroy_process_group()
