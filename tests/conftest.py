@@ -29,15 +29,21 @@ def debug_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """No compiled code and no counters from other tests; gradients off."""
+def reset_dynamo() -> Iterator[None]:
+    """No compiled code and no counters from other tests."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_dynamo(reset_dynamo: None) -> Iterator[None]:
+    """As :func:`reset_dynamo`, and gradients off."""
     with torch.no_grad():
         yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import adapters
@@ -24,13 +23,7 @@ DATA = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(1))
 TARGET = torch.randn(4, 9, 24, generator=torch.Generator().manual_seed(2))
 FROZEN = {f"blocks.{i}.{name}.base.weight" for i in (0, 1) for name in ("up", "down")} | {"head.weight"}
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("reset_dynamo")
 
 
 def compiled(model: nn.Module, policy: Any = "int4_g32", **options: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,7 @@ SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(3))
 MATRICES = 7 + 1
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("reset_dynamo")
 
 
 def llama() -> LlamaForCausalLM:

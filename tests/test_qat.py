@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,7 @@ from qcompile.tensor import QuantizedTensor
 SPECS = sorted(REGISTRY.values(), key=lambda s: s.name)
 DTYPES = [torch.float32, torch.bfloat16]
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("reset_dynamo")
 
 
 def compiled(model: nn.Module, policy: Any = "int4_g32", **options: Any) -> Any:
