@@ -312,8 +312,11 @@ def test_bad_weights_are_named() -> None:
         bad[2, 1] = value
         with pytest.raises(WeightError, match=r"layers\.3\.mlp.*NaN"):
             reference.quantize(spec, bad, "layers.3.mlp")
-    with pytest.raises(WeightError, match="2-D float weight"):
-        reference.quantize(spec, torch.zeros(4, 4, 4))
+    for shape in ((4,), (2, 4, 4, 4)):
+        with pytest.raises(WeightError, match="2-D float weight"):
+            reference.quantize(spec, torch.zeros(shape))
+    with pytest.raises(WeightError, match=r"experts\[2\].*NaN"):
+        reference.quantize(spec, torch.stack([torch.zeros(4, 4), torch.zeros(4, 4), bad]), "experts")
     with pytest.raises(WeightError, match="int64"):
         reference.quantize(spec, torch.zeros(4, 4, dtype=torch.int64))
     for importance in (torch.ones(5), -torch.ones(4), torch.full((4,), math.nan)):

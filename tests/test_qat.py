@@ -14,6 +14,7 @@ from test_backend import Stack, decoded, packed_names, stack
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
+from workers import trained
 
 import qcompile
 from qcompile import qat
@@ -546,35 +547,9 @@ def test_nothing_warns_and_the_report_says_what_is_done() -> None:
 # Several processes ---------------------------------------------------------------------------------------------------
 
 
-def _trained(rank: int, folder: str, split: bool) -> None:
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = stack(0).train()
-    torch._dynamo.config.optimize_ddp = split
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 1024
-    wrapped = DistributedDataParallel(model, bucket_cap_mb=0.02)
-    run = torch.compile(wrapped, backend="qcompile", options={"qat": True, "policy": "int4_g32"})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    batch = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    for _ in range(3):
-        run(batch[rank::2]).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    said = {r.decision.site.name: r.kernel for r in recorder_of(wrapped).plan}
-    with torch.no_grad():
-        evaluated = run(batch)
-    graphs = counters["aot_autograd"]["total"] / counters["stats"]["unique_graphs"]
-    torch.save((model.state_dict(), evaluated, said, graphs), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("split", [True, False], ids=["split by DDPOptimizer", "whole"])
 def test_two_processes_train_one_model(tmp_path: Path, split: bool) -> None:
-    torch.multiprocessing.spawn(_trained, (str(tmp_path), split), nprocs=2)
+    torch.multiprocessing.spawn(trained, (str(tmp_path), split), nprocs=2)
     (first, evaluated, said, graphs), (second, other, _, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert set(said.values()) == {"fake-quantized in training, packed at evaluation"} and len(said) == 7
     assert graphs >= 2 if split else graphs == 1
