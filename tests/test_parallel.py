@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from parallel_worker import ADAPTED, IDS, POLICY, Adapted, decoder, linear_bytes
 from torch.distributed.tensor import Shard, distribute_tensor
+from workers import layers, staged
 
 import qcompile
 from qcompile import formats
@@ -162,3 +163,13 @@ def test_a_divided_stack_of_experts_stays_in_floating_point_and_says_why() -> No
         assert record.decision.scheme is None and "divided among devices" in (record.decision.reason or "")
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_stages_of_a_pipeline(tmp_path: Path) -> None:
+    """Each process packs the layers of its stage; micro-batches give what the packed model gives in one process."""
+    torch.multiprocessing.spawn(staged, (str(tmp_path),), nprocs=2)
+    (first, _), (second, found) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert (first, second) == (1, 2)
+    model, x = torch.nn.Sequential(*layers()), torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    qcompile.quantize_(model, x, policy="int4_g32")
+    torch.testing.assert_close(found, model(x).detach(), rtol=1e-4, atol=1e-5)

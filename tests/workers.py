@@ -68,3 +68,27 @@ def trained(rank: int, folder: str, split: bool) -> None:
     torch.save((model.state_dict(), evaluated, said, graphs), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def layers() -> list[nn.Module]:
+    """Two stages of a model."""
+    torch.manual_seed(3)
+    return [nn.Sequential(nn.Linear(64, 128), nn.SiLU()), nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 32))]
+
+
+def staged(rank: int, folder: str) -> None:
+    """One of two processes, each with a stage of a pipeline, packed at its first micro-batch and compiled."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    stage = layers()[rank].eval().requires_grad_(False)
+    run = torch.compile(stage, backend="qcompile", options={"policy": "int4_g32"})
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        schedule = ScheduleGPipe(PipelineStage(run, rank, 2, torch.device("cpu")), n_microbatches=4)
+        found = schedule.step(x) if rank == 0 else schedule.step()
+    packed = sum(type(p).__name__ != "Parameter" for p in stage.parameters())
+    torch.save((packed, found), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
