@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qcompile.dtensor import packed_in
 from qcompile.plan import Site
 from qcompile.recorder import Recorder
-from qcompile.tensor import QuantizedTensor
 
 from .notices import GRAD, TRAINED
 
@@ -37,11 +37,11 @@ def tunes(sites: Sequence[Site], values: Mapping[str, Any], root: nn.Module | No
     parameters = list(root.parameters()) if root is not None else []
     if not any(p.requires_grad for p in parameters):
         return False
-    floats = any(not p.requires_grad and not isinstance(p, QuantizedTensor) for p in parameters)
+    floats = any(not p.requires_grad and packed_in(p) is None for p in parameters)
     linear = {s.weight: s.parameter for s in sites if s.is_linear and s.weight is not None}
     for name, parameter in linear.items():
         weight = values.get(name)
         if isinstance(weight, torch.Tensor) and not weight.requires_grad:
-            if not isinstance(weight, QuantizedTensor) or (floats and parameter not in recorder.unfrozen):
+            if packed_in(weight) is None or (floats and parameter not in recorder.unfrozen):
                 return True
     return False

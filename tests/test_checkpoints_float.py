@@ -104,7 +104,7 @@ def test_other_algorithms_of_modelopt_are_refused(tmp_path: Path) -> None:
 
 def compressed(layout: str, **args: Any) -> tuple[Encoder, dict[str, Any]]:
     """An encoder by the compressors of compressed-tensors, and the settings of such a checkpoint."""
-    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors import quantization
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.nvfp4 import unpack_fp4_from_uint8
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam

@@ -222,7 +222,6 @@ def rel(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 )  # fmt: skip
 def test_exported_to_compressed_tensors(tmp_path: Path, policy: dict[str, str]) -> None:
     """transformers and compressed-tensors load it and decompress the same weights; so does :func:`qcompile.load`."""
-    pytest.importorskip("compressed_tensors")
     model = quantized(policy)
     qcompile.save(model, tmp_path, layout="compressed-tensors")
     again = qcompile.load(tmp_path)
@@ -241,7 +240,7 @@ def test_exported_to_compressed_tensors(tmp_path: Path, policy: dict[str, str]) 
 def test_zero_points_exported_to_compressed_tensors(tmp_path: Path, name: str) -> None:
     """Its compressor reads them. (transformers refuses all checkpoints with packed zero points as of compressed-tensors 0.20: a
     model on the meta device gets them unpacked.)"""
-    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors import quantization
     from compressed_tensors.compressors import PackedQuantizationCompressor
 
     model = quantized({"q_proj": name})

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from parallel_worker import ADAPTED, IDS, POLICY, Adapted, decoder, linear_bytes
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from workers import layers, staged
 
 import qcompile
 from qcompile import formats
+from qcompile.dtensor import packed_in
 from qcompile.errors import ShardError
 from qcompile.formats import Scheme
 from qcompile.sharding import COLUMN, ROW, shard, step
@@ -141,6 +145,34 @@ def test_parts_of_planes_are_the_weight(spec: formats.FormatSpec, transposed: bo
             shard(weight, split, 0, 2)
 
 
+class Broken(torch.nn.Module):
+    """Two graphs, and norms that require grad, as those of any model do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.up(x))
+        torch._dynamo.graph_break()
+        return self.down(hidden)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_packed_part_is_no_sign_of_training(mesh: DeviceMesh) -> None:
+    model = parallelize_module(Broken(), mesh, {"up": ColwiseParallel(), "down": ColwiseParallel()})
+    torch.compile(model, backend="qcompile", options={"policy": "int8", "strict": True})(torch.randn(3, 64))
+    assert all(packed_in(layer.weight) is not None for layer in (model.up, model.down))
+
+
 class Experts(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -151,18 +183,13 @@ class Experts(torch.nn.Module):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_a_divided_stack_of_experts_stays_in_floating_point_and_says_why() -> None:
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        model, x = Experts(), torch.randn(4, 3, 32)
-        assert qcompile.explain(model, x, policy="int8").plan.records[0].decision.scheme is not None  # whole, it is packed
-        model.stack = torch.nn.Parameter(distribute_tensor(model.stack.detach(), mesh, [Shard(0)]))
-        report = qcompile.explain(model, distribute_tensor(x, mesh, [Shard(0)]), policy="int8")
-        (record,) = report.plan.records
-        assert record.decision.scheme is None and "divided among devices" in (record.decision.reason or "")
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_divided_stack_of_experts_stays_in_floating_point_and_says_why(mesh: DeviceMesh) -> None:
+    model, x = Experts(), torch.randn(4, 3, 32)
+    assert qcompile.explain(model, x, policy="int8").plan.records[0].decision.scheme is not None  # whole, it is packed
+    model.stack = torch.nn.Parameter(distribute_tensor(model.stack.detach(), mesh, [Shard(0)]))
+    report = qcompile.explain(model, distribute_tensor(x, mesh, [Shard(0)]), policy="int8")
+    (record,) = report.plan.records
+    assert record.decision.scheme is None and "divided among devices" in (record.decision.reason or "")
 
 
 def test_stages_of_a_pipeline(tmp_path: Path) -> None:

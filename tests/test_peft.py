@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import peft
 import pytest
 import torch
 import training
@@ -17,8 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompile
 from qcompile.tensor import QuantizedTensor
-
-peft = pytest.importorskip("peft")
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96}  # fmt: skip
