@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
 import weakref
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class Conversion:
 
     ``looked_up``: it is an embedding's table, which no calibration rounds. ``packed`` is the weight where a calibration has
     rounded it (None: round to nearest).
-    ``traced``: the parameter to store, where Dynamo has traced it already. ``done(packed, bytes before, SQNR in dB)`` is
+    ``traced``: the parameter to store, where a compiled graph expects it. ``done(packed, bytes before, SQNR in dB)`` is
     called once it is stored; ``failed(reason)``, if there is one, in place of raising when the weight cannot be packed, which
     then stays as it is.
     """
@@ -61,6 +62,13 @@ class Conversion:
                 slot.module.__dict__.setdefault(ORIGINALS, {})[slot.name] = original
             slot.set(parameter)
 
+    def over(self, made: Packed) -> Conversion:
+        """The same with its planes, and the parameter over them."""
+        original = self.slots[0].get()
+        assert original is not None
+        parameter = as_parameter(made.tensor(self.scheme, self.transposed, original.shape, original.dtype))
+        return dataclasses.replace(self, packed=made, traced=parameter)
+
     def measure(self) -> None:
         """Packs, reports to ``done`` and lets go: what :meth:`run` would do, without doing it. A weight on the meta device has
         no values to measure."""
@@ -75,11 +83,9 @@ class Conversion:
             raise ShardError(f"{self.layer}: is divided among processes, and was calibrated whole; pack the whole "
                              "model with qcompile.quantize_, then divide it with qcompile.parallelize_module")  # fmt: skip
         made = self.packed or packed(part, self.scheme.format, transposed=self.transposed, layer=self.layer)
-        if self.traced is None:
+        parameter = self.traced
+        if parameter is None:
             parameter = as_parameter(made.tensor(self.scheme, self.transposed, part.shape, part.dtype))
-        else:
-            parameter = self.traced
-            parameter.own_planes_()  # type: ignore[attr-defined]
         self.done(parameter, part.nbytes, made.sqnr)  # type: ignore[arg-type]
         return parameter_like(original, parameter)
 

@@ -43,28 +43,28 @@ def qcompile(
 
 def _compiled(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) -> Callable[..., Any]:
     Pending.finish_all()
-    foreseen = foresight.take()
-    compilation = Compilation(gm, foreseen.floats(example_inputs), parsed, owners=foreseen.owners)
+    compilation = Compilation(gm, example_inputs, parsed)
     switched = packs_caches(compilation.root, parsed.kv_cache)
     conversions = compilation.ready(compilation.conversions())
     if conversions or switched or compilation.training.weights:
         trail.graph(gm, "before")
-    confirmed = None if switched else foreseen.confirms(example_inputs, conversions)
-    if confirmed is None:
+    foreseen = foresight.foresee(gm, example_inputs, conversions) if conversions and not switched else None
+    if (conversions or switched) and foreseen is None:
         if CompileContext.try_get() is None:
             raise PackageError("aot_compile traces a model once, and cannot again over packed weights; pack them before, by "
                                "qcompile.quantize_(model, *inputs, policy=…)")  # fmt: skip
-        foreseen.remember(compilation.root, compilation.owners, conversions)
         raise Retrace(conversions)
+    foresight.retraced(gm)
     compilation.recorder.saw(compilation.picture())
     compilation.lower_attention()
     compilation.lower_trained()
-    compilation.look_at(example_inputs)
-    del foreseen, conversions  # with them the last of each float weight goes as its packed form stands
-    while confirmed:
-        confirmed.pop(0).run()
-    _leave(gm, compilation)
     drop_plane_guards(gm, example_inputs)
+    if foreseen is not None:
+        for conversion in foreseen.conversions:
+            conversion.run()
+        compilation.look_at(foreseen.inputs)
+        example_inputs = foreseen.fakes
+    _leave(gm, compilation)
     from torch._inductor.compile_fx import compile_fx
 
     from . import inductor
@@ -96,18 +96,13 @@ def _reset() -> None:
 qcompile.reset = _reset  # type: ignore[attr-defined]
 
 
-def _begin(_: object) -> None:
-    foresight.begin(qcompile)
-
-
 def _end(_: object) -> None:
     foresight.end()
 
 
 def listen() -> None:
-    """Has Dynamo tell when compilations begin and end. ``torch._dynamo.reset()`` makes it forget; the next graph reminds it."""
-    if _begin not in callback_handler.start_callbacks:
-        callback_handler.register_start_callback(_begin)
+    """Has Dynamo tell when compilations end. ``torch._dynamo.reset()`` makes it forget; the next graph reminds it."""
+    if _end not in callback_handler.end_callbacks:
         callback_handler.register_end_callback(_end)
 
 

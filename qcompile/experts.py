@@ -15,7 +15,7 @@ import torch
 from . import ops
 from .einsum import terms
 from .errors import UnsupportedOnTensorError
-from .tensor import QuantizedTensor, floats, guessing
+from .tensor import QuantizedTensor
 
 aten = torch.ops.aten
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -76,8 +76,6 @@ class Chosen(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = implementation(func, args)
-        if found is None and guessing():
-            return func(*floats(args), **floats(kwargs or {}))
         if found is None:
             raise UnsupportedOnTensorError(f"{func} is not defined on chosen experts of a packed weight, only products are; call "
                                            ".dequantize() for a float tensor")  # fmt: skip

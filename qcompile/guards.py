@@ -1,4 +1,4 @@
-"""Guards that say nothing new: those on the planes of packed parameters.
+"""Guards on packed parameters: one each.
 
 One class stands for one scheme, orientation and layout, so the guard on a packed parameter itself (type, shape, dtype,
 device) decides the shapes and dtypes of its planes. Dynamo adds a full set of guards for every plane, which for hundreds
@@ -7,11 +7,13 @@ of layers costs more on each call than all other guards together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._guards import TracingContext
+from torch._guards import Guard, TracingContext
+from torch.utils.weak import TensorWeakRef
 
 from .tensor import QuantizedTensor
 
@@ -33,6 +35,8 @@ def drop_plane_guards(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -
         for node, value in zip(placeholders, example_inputs, strict=True)
         if isinstance(value, QuantizedTensor) and (source := getattr(node, "_dynamo_source", None)) is not None
     }
+    if not packed:
+        return 0
     guards = context.guards_context.dynamo_guards
     redundant = [g for g in guards if _redundant(g, packed)]
     for guard in redundant:
@@ -41,6 +45,29 @@ def drop_plane_guards(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -
     if shapes is not None and shapes.tracked_fakes:  # whose symbols Dynamo looks for, tensor by tensor: those have none
         shapes.tracked_fakes[:] = [t for t in shapes.tracked_fakes if not (_belongs(t.source, packed) and _fixed(t.fake))]
     return len(redundant)
+
+
+def exchange_guards(gm: torch.fx.GraphModule, inputs: Sequence[Any], parameters: Mapping[int, torch.Tensor]) -> bool:
+    """Has the guards of the trace under way expect ``parameters``, by the id of the input that each replaces; whether it could:
+    nothing was asked of those inputs but to be the tensors that they are. If not, no guard is touched."""
+    context = TracingContext.try_get()
+    if context is None:
+        return False
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    new = {getattr(node, "_dynamo_source", None): parameters[id(value)]
+           for node, value in zip(placeholders, inputs, strict=True) if id(value) in parameters}  # fmt: skip
+    guards = [g for g in context.guards_context.dynamo_guards if _belongs(g.originating_source, set(new))]
+    found = [(g, new[g.originating_source]) for g in guards if _matches_tensor(g) and g.originating_source in new]
+    others = {g.create_fn_name() for g in guards} - {"TENSOR_MATCH", "DUPLICATE_INPUT"}
+    if None in new or len(found) != len(new) or others:
+        return False
+    for guard, parameter in found:
+        guard.create_fn = functools.partial(guard.create_fn.func, value=TensorWeakRef(parameter))  # type: ignore[attr-defined]
+    return True
+
+
+def _matches_tensor(guard: Guard) -> bool:
+    return guard.create_fn_name() == "TENSOR_MATCH" and isinstance(guard.create_fn, functools.partial)
 
 
 def _redundant(guard: Any, packed: set[Any]) -> bool:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import re
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -112,8 +111,6 @@ class QuantizedTensor(torch.Tensor):
         from .tensor_ops import ATEN
 
         found = implementation(func, args) or ATEN.get(func)
-        if found is None and guessing():
-            return func(*floats(args), **floats(kwargs or {}))
         if found is None:
             raise UnsupportedOnTensorError(
                 f"{func} is not defined on a weight packed as {cls.scheme.label}; call .dequantize() for a float tensor, "
@@ -171,26 +168,6 @@ class QuantizedTensor(torch.Tensor):
         return (
             f"QuantizedTensor({self.scheme.label}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
         )
-
-
-_trace = threading.local()
-
-
-def guess(on: bool) -> None:
-    """Says that this thread traces a graph with packed weights that may turn out to stay in float, or that it no longer does."""
-    _trace.guesses = on
-
-
-def guessing() -> bool:
-    """Whether it does: then every function works, on decoded weights, so that the trace goes on to where the guess is judged."""
-    return getattr(_trace, "guesses", False)
-
-
-def floats(values: Any) -> Any:
-    """``values`` with packed weights, and what stands for parts of them, decoded."""
-    from .experts import Chosen
-
-    return torch.utils._pytree.tree_map_only((QuantizedTensor, Chosen), lambda t: t.dequantize(), values)
 
 
 _CLASS_NAME = re.compile(r"Quantized_(?P<format>\w+?)(?P<activations>__act_(int8|fp8))?(?P<transposed>__t)?")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from typer.testing import CliRunner
 
 from qcompile.cli import app
@@ -26,6 +27,7 @@ from qcompile.packing import packed
 from qcompile.store import COUNTS, Store, key_of, the_store
 from qcompile.store.bundle import export, load
 from qcompile.store.entry import FILES, MANIFEST, Entry
+from qcompile.store.keys import SCHEMA
 from qcompile.target import Target
 
 SPEC = REGISTRY["int8"]
@@ -144,10 +146,10 @@ def member(name: str, content: bytes = b"[]", **fields: object) -> tuple[tarfile
     return info, content
 
 
-def manifest(size: int = 2, digest: str = hashlib.sha256(b"[]").hexdigest(), kind: str = "plan", parts: object = None,
+def manifest(size: int = 2, digest: str = blake3(b"[]").hexdigest(), kind: str = "plan", parts: object = None,
              files: object = None) -> bytes:  # fmt: skip
     files = {"plan.json": [size, digest]} if files is None else files
-    return json.dumps({"schema": 1, "kind": kind, "parts": {"x": 1} if parts is None else parts, "files": files}).encode()
+    return json.dumps({"schema": SCHEMA, "kind": kind, "parts": {"x": 1} if parts is None else parts, "files": files}).encode()
 
 
 HEAD = member(f"plan/{KEY}/{MANIFEST}", manifest())

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,12 @@ from qcompile.codegen import cpp_build
 from qcompile.codegen.cpp import CpuKernels
 from qcompile.codegen.tiles import smaller
 from qcompile.codegen.triton import TritonKernels
-from qcompile.errors import FingerprintError, UnsupportedOnTensorError
-from qcompile.formats import REGISTRY, FormatSpec, Plane, Scheme, scheme_of, symbols
+from qcompile.errors import FingerprintError
+from qcompile.formats import REGISTRY, FormatSpec, Plane, Scheme, symbols
 from qcompile.packing import digest, packed
-from qcompile.passes import foresight
 from qcompile.store import COUNTS, the_store
 from qcompile.target import Target
-from qcompile.tensor import QuantizedTensor, guess, quantize
+from qcompile.tensor import QuantizedTensor, as_parameter, quantize
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "one_thread")
 
@@ -230,17 +228,17 @@ def test_digests_are_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_calibrated_weights_are_kept_with_what_they_were_calibrated_on() -> None:
     first = run(Model(), rounding="gptq", policy="int4")
-    assert made()["quantized"] == 2 and made()["calibrated"] == 2 and "planned" not in made()
+    assert made()["quantized"] == 2 and made()["calibrated"] == 2 and traces() == 2
     again = run(Model(), rounding="gptq", policy="int4")
-    assert made() == {} and COUNTS["packed read"] == 2 and torch.equal(first, again)
+    assert made() == {} and COUNTS["packed read"] == 2 and torch.equal(first, again) and traces() == 1
     run(Model(), X + 1, rounding="gptq", policy="int4")
     assert made() == {"quantized": 2, "calibrated": 2}
     run(Model(), policy="int4")
-    assert made() == {"quantized": 2, "planned": 1}
+    assert made() == {"quantized": 2} and traces() == 2
 
 
 class Switching(nn.Module):
-    """One class and one set of shapes, whose graph depends on an attribute that no plan is named by."""
+    """One class and one set of shapes, whose graph depends on an attribute, and in some modes on whether weights are packed."""
 
     def __init__(self, mode: str) -> None:
         super().__init__()
@@ -252,6 +250,8 @@ class Switching(nn.Module):
             return self.one(x)
         if self.mode == "odd":
             return self.two(self.one(x)) + self.one.weight.cumsum(0).sum()
+        if self.mode == "asks":
+            return self.two(self.one(x)) * (2 if hasattr(self.one.weight, "planes") else 1)
         if self.mode == "breaks":
             y = self.one(x)
             torch._dynamo.graph_break()
@@ -261,15 +261,30 @@ class Switching(nn.Module):
         return self.two(self.one(x))
 
 
-@pytest.mark.parametrize("mode", ["one", "odd", "breaks"])
-def test_a_wrong_guess_costs_a_trace_and_nothing_else(mode: str) -> None:
+@pytest.mark.parametrize(("mode", "needed"), [("one", 1), ("both", 1), ("breaks", 3), ("odd", 1), ("asks", 2)])
+def test_graphs_that_differ_over_packed_weights_are_traced_over_them(mode: str, needed: int) -> None:
+    """``needed``: traces of a second process; at a graph break Dynamo begins anew, and the rest is a second frame."""
     first = Switching(mode)
     wanted = run(first)
     run(Switching("both"))
     model = Switching(mode)
-    assert torch.equal(run(model), wanted)
+    assert torch.equal(run(model), wanted) and traces() == needed and made() == {}
     assert [type(p) for p in model.parameters()] == [type(p) for p in first.parameters()]
-    assert the_store().find("packed", packing._parts(Switching("both").two.weight, REGISTRY["int8"], False, "nearest"))
+
+
+def test_one_trace_is_guarded_as_two_are() -> None:
+    run(Model())
+    model = Model()
+    compiled = torch.compile(model, backend="qcompile", options={"policy": "int8"})
+    torch._dynamo.reset()
+    listen()
+    compilation_time_metrics.clear()
+    assert torch.equal(compiled(X), compiled(X)) and traces() == 1
+    (guards,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(Model.forward)
+    assert str(guards.guard_manager).count("TENSOR_MATCH") >= 5  # two weights, two biases, x
+    other = quantize(Model(seed=1).layers[0].weight, Scheme(REGISTRY["int4_g32"]))
+    model.layers[0].weight = as_parameter(other)
+    assert torch.equal(compiled(X), model(X)) and traces() == 2
 
 
 def test_a_trace_that_fails_leaves_the_weights_as_they_were() -> None:
@@ -282,7 +297,7 @@ def test_a_trace_that_fails_leaves_the_weights_as_they_were() -> None:
     assert not isinstance(model.one.weight, QuantizedTensor)
 
 
-def test_no_guess_where_the_weights_are_trained() -> None:
+def test_nothing_is_packed_where_the_weights_are_trained() -> None:
     run(Model())
     model = Model()
     with torch.enable_grad(), pytest.warns(UserWarning, match="requires grad"):
@@ -290,7 +305,7 @@ def test_no_guess_where_the_weights_are_trained() -> None:
     assert not isinstance(model.layers[0].weight, QuantizedTensor) and model.layers[0].weight.grad is not None
 
 
-def test_no_guess_for_other_backends() -> None:
+def test_nothing_is_packed_for_other_backends() -> None:
     run(Model())
     model = Model()
     torch._dynamo.reset()
@@ -404,25 +419,6 @@ def test_artifacts_that_cannot_be_kept_are_left_with_a_warning(cache: Path, monk
     monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(cache / "file"))
     assert torch.compiler.load_cache_artifacts(saved[0]) is not None
     assert "an artifact is left" in caplog.text and torch.equal(run(Model()), first) and made()["quantized"] == 2
-
-
-def test_a_plan_of_a_format_that_is_not_declared_here_is_no_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(Model())
-    monkeypatch.setattr(foresight, "scheme_of", lambda key: scheme_of("nowhere@0"))
-    assert torch.equal(run(Model()), first) and traces() == 2 and "quantized" not in made()
-
-
-def test_only_the_thread_that_traces_a_guess_decodes_for_any_function() -> None:
-    weight = quantize(torch.randn(32, 64), Scheme(REGISTRY["int8"]))
-    with pytest.raises(UnsupportedOnTensorError):
-        weight.cumsum(0)
-    guess(True)
-    try:
-        assert torch.equal(weight.cumsum(0), weight.dequantize().cumsum(0))
-        with ThreadPoolExecutor(1) as pool, pytest.raises(UnsupportedOnTensorError):
-            pool.submit(weight.cumsum, 0).result()
-    finally:
-        guess(False)
 
 
 def test_warmup() -> None:

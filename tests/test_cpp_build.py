@@ -44,7 +44,7 @@ SMALL = 'extern "C" __attribute__((visibility("default"))) int answer() { return
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path))
-    return tmp_path / "store-1" / "library"
+    return tmp_path / "store-2" / "library"
 
 
 def test_library_is_built_once_and_again_when_damaged(cache: Path) -> None:

@@ -81,5 +81,5 @@ def test_the_doctor_names_what_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_pa
     found = {f.what: f for f in doctor.examine()}
     assert {n for n, f in found.items() if f.state == doctor.BROKEN} == {"torch", "C++ compiler", "QCOMPILE_CACHE_DIRR"}
     assert "QCOMPILE_CACHE_DIR'" in found["QCOMPILE_CACHE_DIRR"].advice and "2.11" in found["torch"].advice
-    assert found["int8 dot products"].state == doctor.SLOW and f"{tmp_path}/store-1: 0 entries" in found["cache"].found
+    assert found["int8 dot products"].state == doctor.SLOW and f"{tmp_path}/store-2: 0 entries" in found["cache"].found
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -10,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from ..errors import DamagedEntryError
 from .keys import SCHEMA, key_of, plain
@@ -32,7 +33,7 @@ KEY = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Entry:
-    """What ``entry.json`` says: the ``parts`` that name the entry, and (bytes, SHA-256) of each of its ``files``."""
+    """What ``entry.json`` says: the ``parts`` that name the entry, and (bytes, BLAKE3) of each of its ``files``."""
 
     kind: str
     key: str
@@ -51,7 +52,7 @@ class Entry:
     @staticmethod
     def of(kind: str, parts: Mapping[str, Any], folder: Path) -> Entry:
         """That of files which lie in ``folder``."""
-        files = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in FILES[kind]}
+        files = {name: ((folder / name).stat().st_size, digest_of(folder / name)) for name in FILES[kind]}
         return Entry(kind, key_of(kind, parts), parts, files)
 
     @staticmethod
@@ -86,13 +87,13 @@ def check(folder: Path, entry: Entry) -> None:
             found = None
         if found != size:
             raise DamagedEntryError(f"{entry.kind}/{entry.key}: {name} has {found} bytes, {size} were written")
-        if sha256(path) != digest:
-            raise DamagedEntryError(f"{entry.kind}/{entry.key}: {name} is not what was written: its SHA-256 differs")
+        if digest_of(path) != digest:
+            raise DamagedEntryError(f"{entry.kind}/{entry.key}: {name} is not what was written: its BLAKE3 digest differs")
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digest_of(path: Path) -> str:
+    """BLAKE3 of a file, 64 hex digits."""
+    return blake3().update_mmap(path).hexdigest()
 
 
 def touch(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import FingerprintError
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of names and of the files beside them."""
 
 SOURCES = (".py", ".h", ".cpp")
