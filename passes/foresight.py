@@ -30,6 +30,7 @@ from qcompile.tensor import QuantizedTensor, tensor_class
 from .convert import Conversion
 
 SAME = "plan.json"
+"""File that says ``true``: what it says it of is the entry's name."""
 
 _traced_float: str | None = None
 """What the graph is named by whose weights are being packed; Dynamo compiles one frame at a time, under a lock."""
@@ -94,7 +95,7 @@ def retraced(gm: fx.GraphModule) -> None:
         return
     with the_store().making("plan", _parts(before)) as slot:
         if slot.found is None:
-            slot.put(lambda folder: (folder / SAME).write_text("{}"))
+            slot.put(lambda folder: (folder / SAME).write_text("true"))
 
 
 def end() -> None:

@@ -127,7 +127,7 @@ def describe(entry: Entry) -> str:
     if entry.kind == "library":
         return f"{Path(parts['compiler']).name} {' '.join(f for f in parts['flags'] if f.startswith(('-m', '-D')))}".strip()
     if entry.kind == "plan":
-        return f"{parts['root']} {parts['module']} {parts['frame']}: {parts['policy']}"
+        return f"graph {parts['graph'][:12]}: the same over packed weights"
     if entry.kind == "tile":
         tile = parts["variant"]["tile"]
         return f"{parts['scheme'].partition('@')[0]} spills on sm_{parts['arch']}: {tile['rows']} rows, {tile['tiles']} tiles"

@@ -42,7 +42,7 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     kernels = TritonKernels(Scheme(SPEC))
     kernels.note_spills(kernels.variant(64, torch.bfloat16, Target("cuda", "90")), 90)
     parts = {"root": "R", "module": "", "frame": "f", "policy": "p", "formats": {}, "layer": "a", "scheme": Scheme(SPEC).key}
-    for kind, content in (("plan", [["a.weight", Scheme(SPEC).key, False]]), ("calibration", ["a"]), ("sensitivity", 0.25)):
+    for kind, content in (("plan", True), ("calibration", ["a"]), ("sensitivity", 0.25)):
         with the_store().making(kind, parts) as slot:
             slot.put(lambda folder, k=kind, c=content: (folder / FILES[k][0]).write_text(json.dumps(c)))  # type: ignore[misc]
     file = tmp_path / "bundle.tar"
