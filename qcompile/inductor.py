@@ -170,7 +170,8 @@ class Beside(ir.ExternKernel):
 class PackedLinear(ir.ExternKernelOut):
     """``x [M, K]``, rows apart by any stride, times packed N×K weights, plus biases: ``[M, N]`` for each of them."""
 
-    results: Sequence[ir.Buffer]
+    beside: Sequence[Beside] = ()
+    """Results of all weights but the first."""
 
     @classmethod
     def create(cls, x: Node, layers: Sequence[Layer], key: str, name: str) -> list[Node]:
@@ -183,11 +184,11 @@ class PackedLinear(ir.ExternKernelOut):
         numbers = (DTYPES[dtype], m, k, aoti.kernels_of(key).padded(layers[0].n, k), x.get_stride()[0])
         each = [(len(layer.planes), None if layer.bias is None else DTYPES[layer.bias.get_dtype()], layer.n) for layer in layers]
         made = cls(layouts[0], inputs, (key, name, each, *numbers), op_overload=ops.linear, python_kernel_name="qcompile_linear")
-        made.results = [made, *(Beside(layout, made) for layout in layouts[1:])]
-        return [ir.TensorBox.create(result) for result in made.results]
+        made.beside = [Beside(layout, made) for layout in layouts[1:]]
+        return [ir.TensorBox.create(result) for result in made.get_outputs()]
 
     def get_outputs(self) -> list[ir.Buffer]:
-        return list(self.results)
+        return [self, *self.beside]
 
     def codegen(self, wrapper: Any) -> None:
         key, name, _, *numbers = self.constant_args
@@ -198,13 +199,13 @@ class PackedLinear(ir.ExternKernelOut):
         function, sizes = _imported(wrapper, key, "linear"), map(wrapper.codegen_python_sizevar, numbers)
         layers = [str(part) for y, bias, bias_dtype, n, planes in self.layers() for part in
                   (y, bias and aoti.start_of(bias), bias_dtype, n, *map(aoti.start_of, planes))]  # fmt: skip
-        arguments = (function, aoti.start_of(self.inputs[0]), *sizes, str(len(self.results)), *layers, repr(name))
+        arguments = (function, aoti.start_of(self.inputs[0]), *sizes, str(len(self.get_outputs())), *layers, repr(name))
         wrapper.writeline(f"qcompile_linear({', '.join(arguments)})")
 
     def layers(self) -> Iterator[tuple[str | None, Node | None, int, int, list[Node]]]:
         """(name of the result, None if nobody reads it; bias; number of its dtype; N; planes) of each weight."""
         inputs = iter(self.inputs[1:])
-        for result, (count, bias_dtype, n) in zip(self.results, self.constant_args[2], strict=True):
+        for result, (count, bias_dtype, n) in zip(self.get_outputs(), self.constant_args[2], strict=True):
             planes = list(itertools.islice(inputs, count))
             bias = None if bias_dtype is None else next(inputs)
             y = None if result.get_name() in V.graph.removed_buffers else result.get_name()
