@@ -59,8 +59,8 @@ PyObject* call(PyObject* const* args, Py_ssize_t count) {
   int64_t numbers[NUMBERS - 3];
   for (Py_ssize_t i = 0; i < NUMBERS - 3; ++i) numbers[i] = PyLong_AsLongLong(args[2 + i]);
   const auto [dtype, m, k, padded, stride] = numbers;
-  std::vector<const void*> addresses(layers * (planes + 1));
-  std::vector<Layer> found(layers);
+  const void* addresses[count];  // on the stack: all that a small layer's call takes is a microsecond
+  Layer found[layers];
   int64_t n = 0;
   for (long long i = 0; i < layers; ++i) {
     found[i] = layer_of(args + NUMBERS + i * each, planes, &addresses[i * (planes + 1)]);
@@ -72,7 +72,7 @@ PyObject* call(PyObject* const* args, Py_ssize_t count) {
   count_threads(&threads);
   int failed = 0;
   Py_BEGIN_ALLOW_THREADS
-  failed = function(found.data(), layers, x, (int)dtype, (int)threads, m, k, padded, stride);
+  failed = function(found, layers, x, (int)dtype, (int)threads, m, k, padded, stride);
   Py_END_ALLOW_THREADS
   if (failed) {
     PyErr_Format(PyExc_MemoryError, "no scratch memory for a %lldx%lld input and %lld weights, %lldx%lld together", (long long)m,
