@@ -13,7 +13,7 @@ from .machine import RESULTS, save
 from .plots import draw
 
 QUESTIONS = ("linear", "formats", "attention", "model", "source", "kernels", "overhead", "startup", "memory", "accuracy",
-             "calibration", "reconstruction", "search", "load", "qat", "adapters", "experts")  # fmt: skip
+             "calibration", "reconstruction", "search", "load", "qat", "adapters", "experts", "together")  # fmt: skip
 
 app = typer.Typer(add_completion=False)
 

@@ -9,7 +9,7 @@ import functools
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -32,8 +32,7 @@ Node = Any
 """A tensor of Inductor's IR."""
 
 DECLARATIONS = {
-    "qc_linear": "int {}(void*, const void*, const void*, int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, "
-                 "const void* const*)",
+    "qc_linear": "int {}(const qcompile::Layer*, int64_t, const void*, int, int, int64_t, int64_t, int64_t, int64_t)",
     "qc_rows": "void {}(void*, const int64_t*, int64_t, int, int, int64_t, int64_t{planes})",
     "qc_decode": "void {}(void*, int, int, int64_t, int64_t, int64_t{planes})",
 }  # fmt: skip
@@ -55,7 +54,8 @@ def declared(wrapper: Any, function: str, key: str) -> str:
     """The name of a kernel's ``function`` in the C++ of ``wrapper``, which then has its declaration, and its object to link."""
     name, known = function_name(function, key), vars(wrapper).setdefault("_qcompile_declared", set())
     if not known:
-        wrapper.header.splice((resources.files("qcompile.codegen") / "include" / "aoti.h").read_text())
+        for header in ("layer.h", "aoti.h"):
+            wrapper.header.splice((resources.files("qcompile.codegen") / "include" / header).read_text())
     if key not in known:
         linked(object_of(kernels_of(key).source, key), key)
     if name not in known:
@@ -87,15 +87,17 @@ def data(node: Node) -> str:
     return f"{start_of(node)}.data_ptr()"
 
 
-def write_linear(call: Node, wrapper: Any, key: str, has_bias: bool, numbers: Sequence[Any]) -> None:
-    """The call of ``qc_linear`` for ``call``, an operation whose inputs are x, planes and the bias, if there is one."""
-    x, *rest = map(data, call.inputs)
-    planes, bias = (rest[:-1], rest[-1]) if has_bias else (rest, "nullptr")
+def write_linear(wrapper: Any, key: str, x: Node, layers: Iterable[tuple[Any, ...]], numbers: Sequence[Any]) -> None:
+    """The call of ``qc_linear`` for x and ``layers``: each the name of its result or None, bias or None, the number of the bias's
+    dtype, N, and planes."""
     function = declared(wrapper, "qc_linear", key)
     sizes = map(wrapper.codegen_sizevar, map(sympy.sympify, numbers))
-    listed = ", ".join([*planes, "nullptr"])
-    arguments = (function, f"{call.codegen_reference()}.data_ptr()", x, bias, *sizes, f"{{{listed}}}")
-    wrapper.writeline(f"qcompile::linear({', '.join(arguments)});")
+    listed = []
+    for y, bias, bias_dtype, n, planes in layers:
+        addresses = ", ".join([*map(data, planes), "nullptr"])
+        result, bias = "nullptr" if y is None else f"{y}.data_ptr()", "nullptr" if bias is None else data(bias)
+        listed.append(f"{{{result}, {bias}, std::initializer_list<const void*>{{{addresses}}}.begin(), {n}, {bias_dtype}}}")
+    wrapper.writeline(f"qcompile::linear({', '.join([function, data(x), *sizes])}, {{{', '.join(listed)}}});")
 
 
 class PackedRows(ir.ExternKernelOut):

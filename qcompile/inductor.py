@@ -1,18 +1,20 @@
-"""How Inductor lowers packed linear layers on CPUs: to a direct call of the compiled kernel.
+"""How Inductor lowers packed linear layers on CPUs: to a direct call of the compiled kernel, one for those that share an input.
 
 A custom operator costs 9 µs a call: the dispatcher, Python, checks, the allocation of its result. Here Inductor plans the
 result's memory with everything else, the checks are made once, and its generated code calls the C function itself. So does the
-C++ of a package of AOTInductor (:mod:`qcompile.aoti`).
+C++ of a package of AOTInductor (:mod:`qcompile.aoti`). Query, key and value, or gate and up, are one call: their input is
+prepared once, and threads meet once.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch._inductor import ir, lowering
 from torch._inductor.virtualized import V
 
 from . import aoti, ops
+from .codegen import cpp_call
 from .codegen.cpp import DTYPES
 from .formats import FormatSpec, register_scheme, scheme_of
 from .formats.spec import TILE_N
@@ -51,8 +54,8 @@ def keyed(gm: torch.fx.GraphModule | None = None) -> AbstractContextManager[None
 
 @functools.cache
 def _version() -> str:
-    files = (Path(__file__), Path(aoti.__file__), Path(__file__).parent / "codegen" / "include" / "call.cpp")
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    texts = (Path(__file__).read_text(), Path(aoti.__file__).read_text(), cpp_call.source())
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
 def linear_function(key: str) -> int:
@@ -61,11 +64,14 @@ def linear_function(key: str) -> int:
 
 
 def _linear(x: Node, planes: Sequence[Node], bias: Node | None, scheme: str, n: int) -> Node:
-    spec = scheme_of(scheme).format
+    spec, node = scheme_of(scheme).format, V.graph.current_node
+    lowered: dict[torch.fx.Node, Node] = vars(V.graph).setdefault("_qcompile_lowered", {})
+    if node in lowered:  # with another one, before
+        return lowered.pop(node)
     dtypes = [t.get_dtype() for t in (x, bias) if t is not None]
     direct = x.get_device().type == "cpu" and all(dtype in DTYPES for dtype in dtypes) and not V.graph.cpp_wrapper
     if V.graph.aot_mode:
-        aoti.check("linear", scheme, x.get_device(), dtypes, module_name(V.graph.current_node))
+        aoti.check("linear", scheme, x.get_device(), dtypes, module_name(node))
     elif not direct:
         if spec.scaled and not spec.permuted:
             scheme, x = register_scheme(replace(scheme_of(scheme), format=spec.plain)), _scaled(spec, x, planes)
@@ -73,8 +79,47 @@ def _linear(x: Node, planes: Sequence[Node], bias: Node | None, scheme: str, n: 
         return lowering.fallback_handler(ops.linear, add_to_fallback_set=False)(x, planes, bias, scheme, n)
     *lead, k = x.get_size()
     flat = lowering.view(x, [math.prod(lead), k])
-    made = PackedLinear.create(_scaled(spec, flat, planes), planes[: len(spec.parts) + spec.permuted], bias, scheme, n)
-    return lowering.view(made, [*lead, n])
+    nodes = together(node, V.graph.env)
+    layers = [Layer.of(each, V.graph.env, len(spec.parts) + spec.permuted) for each in nodes]
+    made = PackedLinear.create(_scaled(spec, flat, planes), layers, scheme, profiled_name(scheme, nodes))
+    lowered |= {each: lowering.view(y, [*lead, layer.n]) for each, layer, y in zip(nodes, layers, made, strict=True)}
+    return lowered.pop(node)
+
+
+def together(node: torch.fx.Node, known: Mapping[torch.fx.Node, Any]) -> list[torch.fx.Node]:
+    """``node``, a call of ``ops.linear``, and those after it that one call of its kernel computes as well: of the same input and
+    scheme, with the same factors and order of columns, planes and bias being ``known``. The next product by a packed weight that
+    takes another input ends the search: what is computed is then soon needed, and memory does not grow.
+    """
+    x, planes, _, scheme, _ = _arguments(node)
+    parts, found = len(scheme_of(scheme).format.parts), [node]
+    for other in itertools.takewhile(lambda n: n.op != "output", _after(node)):
+        if other.target is not ops.linear:
+            continue
+        own_x, own_planes, bias, own_scheme, _ = _arguments(other)
+        if _source(own_x) != _source(x):
+            break
+        same = own_scheme == scheme and own_planes[parts:] == planes[parts:]
+        if same and all(t in known for t in own_planes) and (bias is None or bias in known and known[bias].get_dtype() in DTYPES):
+            found.append(other)
+    return found
+
+
+def _arguments(node: torch.fx.Node) -> Any:
+    """x, planes, bias, scheme and n of a call of ``ops.linear``."""
+    return node.args
+
+
+def _source(x: torch.fx.Node) -> Any:
+    """What decides the value of ``x``: autocast casts one tensor for every layer."""
+    return x.args if x.target is torch.ops.prims.convert_element_type.default else x
+
+
+def _after(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """The nodes that follow in the graph."""
+    while True:
+        node = node.next
+        yield node
 
 
 def _grouped(x: Node, planes: Sequence[Node], groups: Node, ends: bool, scheme: str, experts: int, n: int) -> Node:
@@ -93,34 +138,78 @@ def _scaled(spec: FormatSpec, x: Node, planes: Sequence[Node]) -> Node:
     return lowering.to_dtype(lowering.lowerings[aten.mul.Tensor](x, planes[-1]), x.get_dtype())
 
 
-class PackedLinear(ir.ExternKernelOut):
-    """``x [M, K]``, rows apart by any stride, times a packed N×K weight, plus a bias: ``[M, N]``."""
+@dataclass(frozen=True)
+class Layer:
+    """A packed N×K weight that a call multiplies by: its planes, and an order of columns if there is one; its bias ``[N]``."""
+
+    planes: Sequence[Node]
+    bias: Node | None
+    n: int
 
     @classmethod
-    def create(cls, x: Node, planes: Sequence[Node], bias: Node | None, key: str, n: int) -> Node:
+    def of(cls, node: torch.fx.Node, known: Mapping[torch.fx.Node, Node], planes: int) -> Layer:
+        """That of ``node``, a call of ``ops.linear``, with the first ``planes`` of its planes."""
+        _, nodes, bias, _, n = _arguments(node)
+        return cls([known[t] for t in nodes[:planes]], None if bias is None else known[bias], n)
+
+
+class Beside(ir.ExternKernel):
+    """A result of a call that has others, in memory that Inductor plans; it is no operation of its own."""
+
+    def __init__(self, layout: ir.Layout, call: PackedLinear) -> None:
+        super().__init__(None, layout, [])
+        self.call, self.name = call, V.graph.register_buffer(self)
+
+    def get_defining_op(self) -> PackedLinear:
+        return self.call
+
+    def should_allocate(self) -> bool:
+        return True
+
+
+class PackedLinear(ir.ExternKernelOut):
+    """``x [M, K]``, rows apart by any stride, times packed N×K weights, plus biases: ``[M, N]`` for each of them."""
+
+    beside: Sequence[Beside] = ()
+    """Results of all weights but the first."""
+
+    @classmethod
+    def create(cls, x: Node, layers: Sequence[Layer], key: str, name: str) -> list[Node]:
         x = _rows_of(cls, x)
         (m, k), dtype = x.get_size(), x.get_dtype()
         k = V.graph.sizevars.guard_int(k)
-        inputs = [x, *(cls.require_contiguous(cls.realize_input(t)) for t in (*planes, *([] if bias is None else [bias])))]
-        bias_dtype = 0 if bias is None else DTYPES[bias.get_dtype()]
-        numbers = (bias is not None, DTYPES[dtype], bias_dtype, m, n, k, aoti.kernels_of(key).padded(n, k), x.get_stride()[0])
-        layout = ir.FixedLayout(x.get_device(), dtype, [m, n])
-        constants = (key, profiled_name(key, V.graph.current_node), *numbers)
-        made = cls(layout, inputs, constants, op_overload=ops.linear, python_kernel_name="qcompile_linear")
-        return ir.TensorBox.create(made)
+        tensors = [t for layer in layers for t in (*layer.planes, *([] if layer.bias is None else [layer.bias]))]
+        inputs = [x, *(cls.require_contiguous(cls.realize_input(t)) for t in tensors)]
+        layouts = [ir.FixedLayout(x.get_device(), dtype, [m, layer.n]) for layer in layers]
+        numbers = (DTYPES[dtype], m, k, aoti.kernels_of(key).padded(layers[0].n, k), x.get_stride()[0])
+        each = [(len(layer.planes), None if layer.bias is None else DTYPES[layer.bias.get_dtype()], layer.n) for layer in layers]
+        made = cls(layouts[0], inputs, (key, name, each, *numbers), op_overload=ops.linear, python_kernel_name="qcompile_linear")
+        made.beside = [Beside(layout, made) for layout in layouts[1:]]
+        return [ir.TensorBox.create(result) for result in made.get_outputs()]
+
+    def get_outputs(self) -> list[ir.Buffer]:
+        return [self, *self.beside]
 
     def codegen(self, wrapper: Any) -> None:
-        key, name, has_bias, *numbers = self.constant_args
+        key, name, _, *numbers = self.constant_args
         self.codegen_comment(wrapper)
         if V.graph.aot_mode:
-            aoti.write_linear(self, wrapper, key, has_bias, numbers)
+            aoti.write_linear(wrapper, key, self.inputs[0], self.layers(), numbers)
             return
-        function = _imported(wrapper, key, "linear")
-        x, *rest = map(aoti.start_of, self.inputs)
-        planes, bias = (rest[:-1], rest[-1]) if has_bias else (rest, "None")
-        sizes = map(wrapper.codegen_python_sizevar, numbers)
-        arguments = (function, self.codegen_reference(), x, bias, *sizes, *planes, repr(name))
+        function, sizes = _imported(wrapper, key, "linear"), map(wrapper.codegen_python_sizevar, numbers)
+        layers = [str(part) for y, bias, bias_dtype, n, planes in self.layers() for part in
+                  (y, bias and aoti.start_of(bias), bias_dtype, n, *map(aoti.start_of, planes))]  # fmt: skip
+        arguments = (function, aoti.start_of(self.inputs[0]), *sizes, str(len(self.get_outputs())), *layers, repr(name))
         wrapper.writeline(f"qcompile_linear({', '.join(arguments)})")
+
+    def layers(self) -> Iterator[tuple[str | None, Node | None, int, int, list[Node]]]:
+        """(name of the result, None if nobody reads it; bias; number of its dtype; N; planes) of each weight."""
+        inputs = iter(self.inputs[1:])
+        for result, (count, bias_dtype, n) in zip(self.get_outputs(), self.constant_args[2], strict=True):
+            planes = list(itertools.islice(inputs, count))
+            bias = None if bias_dtype is None else next(inputs)
+            y = None if result.get_name() in V.graph.removed_buffers else result.get_name()
+            yield y, bias, bias_dtype or 0, n, planes
 
 
 class PackedExperts(ir.ExternKernelOut):
@@ -136,7 +225,7 @@ class PackedExperts(ir.ExternKernelOut):
         sizes = [math.prod(spec.part_shape(p, rows, k)) * p.dtype.itemsize for p in spec.parts]
         numbers = (DTYPES[dtype], wide, ends, m, experts, n, k, aoti.kernels_of(key).padded(rows, k), x.get_stride()[0])
         layout = ir.FixedLayout(x.get_device(), dtype, [m, n])
-        constants = (key, profiled_name(key, V.graph.current_node), sizes, *numbers)
+        constants = (key, profiled_name(key, [V.graph.current_node]), sizes, *numbers)
         made = cls(layout, [x, groups, *planes], constants, op_overload=ops.grouped_linear, python_kernel_name="qcompile_grouped")
         return ir.TensorBox.create(made)
 
@@ -174,7 +263,7 @@ def _imported(wrapper: Any, key: str, call: str) -> str:
     return function
 
 
-def profiled_name(key: str, node: torch.fx.Node | None) -> str:
-    """What profilers show of a call: the format and the layer, as ``"qcompile::linear int8 layers.0.mlp.up_proj"``."""
-    layer = module_name(node) if node is not None else ""
-    return f"qcompile::linear {scheme_of(key).label} {layer}".strip()
+def profiled_name(key: str, nodes: Sequence[torch.fx.Node]) -> str:
+    """What profilers show of a call: the format and the layers, as ``"qcompile::linear int8 mlp.gate_proj + mlp.up_proj"``."""
+    layers = " + ".join(filter(None, map(module_name, nodes)))
+    return f"qcompile::linear {scheme_of(key).label} {layers}".strip()

@@ -40,7 +40,7 @@ class Verified:
 
     def __init__(self) -> None:
         include = resources.files("qcompile.codegen") / "include"
-        own = [(include / name).read_text() for name in ("call.cpp", "repack.cpp", "moments.cpp")]
+        own = [cpp_call.source(), *((include / name).read_text() for name in ("repack.cpp", "moments.cpp"))]
         self._texts = {hashlib.sha256(text.encode()).hexdigest(): text for text in own}
         self.compiled = 0
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 from qcompile import inductor, ops
@@ -38,11 +40,16 @@ def packed(name: str = "int8", activations: str | None = None) -> tuple[str, lis
     return register_scheme(scheme), planes, reference.decode(scheme.format, planes, N, K)
 
 
-def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``function`` under plain Inductor, with the lowering installed as the backend installs it."""
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` under plain Inductor, with the lowering installed, and caches keyed by it, as the backend does it."""
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        with inductor.keyed(gm):
+            return compile_fx(gm, inputs)
+
     inductor.install()
     torch._dynamo.reset()
-    return torch.compile(function)
+    return torch.compile(function, backend=backend)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -166,17 +173,27 @@ def test_threads_are_torchs_own_at_each_call() -> None:
 
 def test_the_c_function_refuses_what_it_cannot_call() -> None:
     linear, x = caller().linear, torch.zeros(1, K)
-    with pytest.raises(TypeError, match="1 to 16 planes"):
-        linear(1, x, x)
+    numbers, layer = (0, 1, K, K, K), (x, None, 0, 0)
     for name in ((), ("name",)):
         with pytest.raises(TypeError, match="1 to 16 planes"):
-            linear(1, *[x] * 10, *name)
+            linear(1, x, *name)
+        with pytest.raises(TypeError, match="1 to 16 planes for each of its layers; found 12 for 1"):
+            linear(1, x, *numbers, 1, *layer, *name)
+        with pytest.raises(TypeError, match="found 18 for 3"):
+            linear(1, x, *numbers, 3, *layer, x, *layer, x, *name)
+        with pytest.raises(TypeError, match="found 13 for 0"):
+            linear(1, x, *numbers, 0, *layer, x, *name)
+        with pytest.raises(TypeError, match="found 13 for -1"):
+            linear(1, x, *numbers, -1, *layer, x, *name)
         with pytest.raises(TypeError, match="non-tensor"):
-            linear(1, 3, x, None, *range(7), x, *name)
+            linear(1, 3, *numbers, 1, *layer, x, *name)
+        with pytest.raises(TypeError, match="non-tensor"):
+            linear(1, x, *numbers, 2, *layer, x, 3, *layer[1:], x, *name)
     with pytest.raises(TypeError, match="integer"):
-        linear(1, x, x, None, "a", *range(6), x)
+        linear(1, x, "a", *numbers[1:], 1, *layer, x)
     with pytest.raises(OverflowError):
-        linear(1, x, x, None, 2**70, *range(6), x)
+        linear(1, x, 2**70, *numbers[1:], 1, *layer, x)
+    assert linear(1, x, 0, 0, *numbers[2:], 1, *layer, x) is None  # no rows: nothing is called
 
 
 def test_caches_of_other_versions_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 LONGEST_INT_ROW = 131072
 """Largest K whose int8 products, summed without scales in between, stay inside int32: 128 · 127 · K < 2^31."""
 
-_BEFORE = ("simd.h", "convert.h", "dot.h", "job.h")
+_BEFORE = ("simd.h", "convert.h", "dot.h", "layer.h", "job.h")
 _AFTER = ("rows.h", "panel.h", "entry.h")
 
 
@@ -47,15 +47,13 @@ def _exports(scheme: Scheme) -> str:
     planes = [(element_type(p), p.name) for p in scheme.format.parts]
     parameters = ", ".join(f"const {kind}* plane_{name}" for kind, name in planes)
     values = "{" + ", ".join(f"plane_{name}" for _, name in planes) + "}"
-    listed = "{" + ", ".join(f"(const {kind}*)planes[{i}]" for i, (kind, _) in enumerate(planes)) + "}"
     return f"""#define QC_EXPORT extern "C" __attribute__((visibility("default")))
 
-QC_EXPORT int qc_linear(void* y, const void* x, const void* bias, int dtype, int bias_dtype, int threads, int64_t m,
-                        int64_t n, int64_t k, int64_t padded, int64_t stride, const void* const* planes) {{
+QC_EXPORT int qc_linear(const Layer* layers, int64_t count, const void* x, int dtype, int threads, int64_t m, int64_t k,
+                        int64_t padded, int64_t stride) {{
   Job job = {{}};
-  job.y = y, job.bias = bias, job.dtype = dtype, job.bias_dtype = bias_dtype, job.threads = threads;
-  job.m = m, job.n = n, job.k = padded;
-  return linear<Format>(job, {{x, k, stride, (const int32_t*)planes[{len(planes)}]}}, {listed});
+  job.layers = layers, job.count = count, job.dtype = dtype, job.threads = threads, job.m = m, job.k = padded;
+  return linear<Format>(job, {{x, k, stride, (const int32_t*)layers[0].planes[{len(planes)}]}});
 }}
 
 QC_EXPORT void qc_decode(void* out, int dtype, int threads, int64_t n, int64_t k, int64_t padded, {parameters}) {{
@@ -132,7 +130,7 @@ class CpuKernels:
         if bias is not None:
             bias = self._bias(bias, n)
             bias_dtype = DTYPES[bias.dtype]
-        self._call(self.address, y, x2, bias, dtype, bias_dtype, rows, n, k, padded, x2.stride(0), *planes, self._name)
+        self._call(self.address, x2, dtype, rows, k, padded, x2.stride(0), 1, y, bias, bias_dtype, n, *planes, self._name)
         return y
 
     def grouped(

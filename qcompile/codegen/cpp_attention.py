@@ -29,7 +29,7 @@ from .kept import kept_source
 NO_PAGE = 2
 """What the C functions return for tokens beyond the cache."""
 
-_HEADERS = ("simd.h", "convert.h", "dot.h", "job.h")
+_HEADERS = ("simd.h", "convert.h", "dot.h", "layer.h", "job.h")
 
 
 def source(keys: FormatSpec, values: FormatSpec) -> str:

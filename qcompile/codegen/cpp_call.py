@@ -29,6 +29,11 @@ def flags() -> tuple[str, ...]:
     return (*FLAGS, f"-I{sysconfig.get_path('include')}")
 
 
+def source() -> str:
+    """The whole C++ of the module."""
+    return "\n".join((resources.files(__package__) / "include" / name).read_text() for name in ("layer.h", "call.cpp"))
+
+
 _lock = threading.Lock()
 
 
@@ -47,8 +52,7 @@ def _caller() -> ModuleType:
     if not (Path(headers) / "Python.h").exists():
         raise KernelBuildError(f"Python.h is not in {headers}, which kernels for CPUs (and Inductor) need; install Python's "
                                "development files (Debian: python3-dev)")  # fmt: skip
-    text = (resources.files(__package__) / "include" / "call.cpp").read_text()
-    path = built(text, flags())
+    path = built(source(), flags())
     loader = importlib.machinery.ExtensionFileLoader("call", str(path))
     spec = importlib.util.spec_from_loader("call", loader)
     assert spec is not None

@@ -64,9 +64,11 @@ class _Struct:
 
     def _planes(self) -> list[str]:
         members = " ".join(f"const {element_type(p)}* {p.name};" for p in self.spec.parts)
+        given = ", ".join(f"(const {element_type(p)}*)planes[{i}]" for i, p in enumerate(self.spec.parts))
         starts = ", ".join(f"a.{p.name} + {tile_start(p)}" for p in self.spec.parts)
         return [
             f"struct Planes {{ {members} }};",
+            f"QC_INLINE Planes of(const void* const* planes) {{ return {{{given}}}; }}",
             f"QC_INLINE Planes tile(const Planes& a, int64_t t, int64_t k) {{ return {{{starts}}}; }}",
         ]
 

@@ -10,14 +10,10 @@ inline int threads() {
   return (int)count;
 }
 
-using Linear = int (*)(void* y, const void* x, const void* bias, int dtype, int bias_dtype, int threads, int64_t m, int64_t n,
-                       int64_t k, int64_t padded, int64_t stride, const void* const* planes);
-
-// `planes` end in a null one, in place of an order of columns.
-inline void linear(Linear function, void* y, const void* x, const void* bias, int dtype, int bias_dtype, int64_t m, int64_t n,
-                   int64_t k, int64_t padded, int64_t stride, std::initializer_list<const void*> planes) {
-  if (m == 0 || n == 0) return;
-  const int failed = function(y, x, bias, dtype, bias_dtype, threads(), m, n, k, padded, stride, planes.begin());
+inline void linear(Linear function, const void* x, int dtype, int64_t m, int64_t k, int64_t padded, int64_t stride,
+                   std::initializer_list<Layer> layers) {
+  if (m == 0) return;
+  const int failed = function(layers.begin(), (int64_t)layers.size(), x, dtype, threads(), m, k, padded, stride);
   AOTI_TORCH_CHECK(!failed, "no scratch memory for a packed linear layer");
 }
 

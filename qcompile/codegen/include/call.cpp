@@ -11,10 +11,10 @@
 
 namespace {
 
-using Linear = int (*)(void* y, const void* x, const void* bias, int dtype, int bias_dtype, int threads, int64_t m, int64_t n,
-                       int64_t k, int64_t padded, int64_t stride, const void* const* planes);
+using qcompile::Layer;
+using qcompile::Linear;
 
-constexpr Py_ssize_t NUMBERS = 11, GROUPED_NUMBERS = 13, MOST_PLANES = 16;
+constexpr Py_ssize_t NUMBERS = 8, LAYER_NUMBERS = 4, GROUPED_NUMBERS = 13, MOST_PLANES = 16;
 
 void* (*data_of)(PyObject* tensor);  // throws for what is no tensor
 int (*count_threads)(uint32_t*);
@@ -35,33 +35,48 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-// (function, y, x, bias, dtype, bias_dtype, m, n, k, padded, stride, *planes)
+// One layer's arguments (y or None, bias or None, bias_dtype, n, *planes); its planes' addresses go to `addresses`.
+Layer layer_of(PyObject* const* args, Py_ssize_t planes, const void** addresses) {
+  for (Py_ssize_t i = 0; i < planes; ++i) addresses[i] = data_of(args[LAYER_NUMBERS + i]);
+  addresses[planes] = nullptr;  // in place of an order of columns, if there is none
+  void* const y = args[0] == Py_None ? nullptr : data_of(args[0]);
+  const void* const bias = args[1] == Py_None ? nullptr : data_of(args[1]);
+  return {y, bias, addresses, PyLong_AsLongLong(args[3]), PyLong_AsLongLong(args[2])};
+}
+
+// (function, x, dtype, m, k, padded, stride, count, *arguments of each layer)
 PyObject* call(PyObject* const* args, Py_ssize_t count) {
-  const Py_ssize_t planes = count - NUMBERS;
-  if (planes < 1 || planes > MOST_PLANES) {
-    PyErr_Format(PyExc_TypeError, "linear takes %zd arguments and 1 to %zd planes, found %zd", NUMBERS, MOST_PLANES, count);
+  const long long layers = count > NUMBERS ? PyLong_AsLongLong(args[NUMBERS - 1]) : 0;
+  if (PyErr_Occurred()) return nullptr;
+  const Py_ssize_t each = layers > 0 ? (count - NUMBERS) / layers : 0, planes = each - LAYER_NUMBERS;
+  if (planes < 1 || planes > MOST_PLANES || each * layers != count - NUMBERS) {
+    PyErr_Format(PyExc_TypeError, "linear takes %zd arguments, and %zd and 1 to %zd planes for each of its layers; found %zd for %lld",
+                 NUMBERS, LAYER_NUMBERS, MOST_PLANES, count, layers);
     return nullptr;
   }
   const Linear function = (Linear)PyLong_AsVoidPtr(args[0]);
-  void* const y = data_of(args[1]);
-  const void* const x = data_of(args[2]);
-  const void* const bias = args[3] == Py_None ? nullptr : data_of(args[3]);
-  int64_t numbers[NUMBERS - 4];
-  for (Py_ssize_t i = 0; i < NUMBERS - 4; ++i) numbers[i] = PyLong_AsLongLong(args[4 + i]);
-  const auto [dtype, bias_dtype, m, n, k, padded, stride] = numbers;
-  const void* addresses[MOST_PLANES + 1] = {};  // a null one follows, in place of an order of columns
-  for (Py_ssize_t i = 0; i < planes; ++i) addresses[i] = data_of(args[NUMBERS + i]);
+  const void* const x = data_of(args[1]);
+  int64_t numbers[NUMBERS - 3];
+  for (Py_ssize_t i = 0; i < NUMBERS - 3; ++i) numbers[i] = PyLong_AsLongLong(args[2 + i]);
+  const auto [dtype, m, k, padded, stride] = numbers;
+  const void* addresses[count];  // on the stack: all that a small layer's call takes is a microsecond
+  Layer found[layers];
+  int64_t n = 0;
+  for (long long i = 0; i < layers; ++i) {
+    found[i] = layer_of(args + NUMBERS + i * each, planes, &addresses[i * (planes + 1)]);
+    n += found[i].n;
+  }
   if (PyErr_Occurred()) return nullptr;
   if (m == 0 || n == 0) Py_RETURN_NONE;
   uint32_t threads = 1;
   count_threads(&threads);
   int failed = 0;
   Py_BEGIN_ALLOW_THREADS
-  failed = function(y, x, bias, (int)dtype, (int)bias_dtype, (int)threads, m, n, k, padded, stride, addresses);
+  failed = function(found, layers, x, (int)dtype, (int)threads, m, k, padded, stride);
   Py_END_ALLOW_THREADS
   if (failed) {
-    PyErr_Format(PyExc_MemoryError, "no scratch memory for a %lldx%lld input and a %lldx%lld weight", (long long)m,
-                 (long long)k, (long long)n, (long long)k);
+    PyErr_Format(PyExc_MemoryError, "no scratch memory for a %lldx%lld input and %lld weights, %lldx%lld together", (long long)m,
+                 (long long)k, layers, (long long)n, (long long)k);
     return nullptr;
   }
   Py_RETURN_NONE;
@@ -114,7 +129,8 @@ struct Grouped {
   int multiply(char* to, const char* from, int64_t step, int64_t rows, int64_t expert) const {
     const void* own[MOST_PLANES + 1] = {};
     for (size_t i = 0; i < planes.size(); ++i) own[i] = planes[i] + expert * bytes[i];
-    return function(to, from, nullptr, dtype, 0, threads, rows, n, k, padded, step, own);
+    const Layer layer = {to, nullptr, own, n, 0};
+    return function(&layer, 1, from, dtype, threads, rows, k, padded, step);
   }
 
   // Rows that do not follow each other are brought together, and their results put where they belong.
@@ -236,7 +252,8 @@ PyMethodDef methods[] = {
     {"connect", (PyCFunction)(void (*)(void))connect, METH_FASTCALL, 
      "connect(data_of, count_threads, is_observed, observation): addresses in torch, and what a profiler takes names by"},
     {"linear", (PyCFunction)(void (*)(void))entered<call>, METH_FASTCALL,
-     "linear(function, y, x, bias, dtype, bias_dtype, m, n, k, padded, stride, *planes[, name that profilers see])"},
+     "linear(function, x, dtype, m, k, padded, stride, layers, *(y or None, bias or None, bias_dtype, n, *planes)"
+     "[, name that profilers see])"},
     {"grouped", (PyCFunction)(void (*)(void))entered<grouped_call>, METH_FASTCALL,
      "grouped(function, y, x, groups, dtype, wide, ends, m, experts, n, k, padded, stride, *planes, *bytes of each for one "
      "expert[, name that profilers see]): how many experts were read"},

@@ -19,7 +19,7 @@ constexpr Kernel kernel_of(int64_t m, int dtype) {
 struct Input {  // x as the caller has it
   const void* x;
   int64_t k, stride;     // elements; elements from a row to the next
-  const int32_t* order;  // [k]: which column the weight's i-th one meets; null: the i-th
+  const int32_t* order;  // [k]: which column the weights' i-th one meets; null: the i-th
 };
 
 constexpr int64_t TOGETHER = 4;  // rows that share the reading of an order
@@ -113,7 +113,7 @@ struct Prepared {
 
 // Returns 0, or 1 when memory ran out.
 template <class F, class D>
-static int run(Job job, const Input& in, const typename F::Planes& planes) {
+static int run(Job job, const Input& in) {
   job.spans = F::SPAN ? job.k / F::SPAN : 1;
   Prepared<F, D> p(job, in);
   Scratch scratch = {nullptr, 0};
@@ -137,22 +137,22 @@ static int run(Job job, const Input& in, const typename F::Planes& planes) {
 #pragma omp for
       for (int64_t i = 0; i < words; i += chunk) p.interleave(job, in, i, i + chunk < words ? i + chunk : words);
     }
-    if (p.few) few_rows<F, D>(job, planes);
-    else many_rows<F, D>(job, planes, p.own + omp_get_thread_num() * panel_scratch<F, D>());
+    if (p.few) few_rows<F, D>(job);
+    else many_rows<F, D>(job, p.own + omp_get_thread_num() * panel_scratch<F, D>());
   }
   free(scratch.memory);
   return 0;
 }
 
 template <class F>
-static int linear(const Job& job, const Input& in, const typename F::Planes& planes) {
-  if constexpr (F::ACTIVATIONS == INT8) return run<F, DotI8>(job, in, planes);
+static int linear(const Job& job, const Input& in) {
+  if constexpr (F::ACTIVATIONS == INT8) return run<F, DotI8>(job, in);
   else {
     const Kernel kernel = kernel_of<F>(job.m, job.dtype);
 #if QC_BF16
-    if (kernel == ROWS_BF16 || kernel == PANEL_BF16) return run<F, DotBF16>(job, in, planes);
+    if (kernel == ROWS_BF16 || kernel == PANEL_BF16) return run<F, DotBF16>(job, in);
 #endif
-    return run<F, DotF32>(job, in, planes);
+    return run<F, DotF32>(job, in);
   }
 }
 

@@ -1,20 +1,38 @@
-// One call of a linear layer, and what happens to x before and to y after the products.
+// One call for linear layers that share their input, and what happens to x before and to y after the products.
 namespace {
+
+using qcompile::Layer;
 
 enum Dtype { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 enum Activations { AS_GIVEN, INT8, FP8 };
 
 struct Job {
-  void* y;           // [m, n] of dtype, rows contiguous
-  const void* bias;  // [n] of bias_dtype, or null
-  int dtype, bias_dtype, threads;
-  int64_t m, n, k;          // k is padded: every plane has exactly this many weights in a row
+  const Layer* layers;      // y is of dtype, its rows contiguous
+  int64_t count;
+  int dtype, threads;
+  int64_t m, k;             // k is padded: every plane has exactly this many weights in a row
   const int32_t* x;         // m rows of k elements of the dot's type X, zero beyond the layer's own k
   int64_t x_stride;         // 32-bit words from a row of x to the next
   const float* x_scale;     // [m] when activations are quantized, else null
   const float* sums;        // [m, spans] sums of x over each span
   const int32_t* int_sums;  // [m, spans] the same for integer x
   int64_t spans;
+
+  static int64_t parts(const Layer& layer, int64_t width) { return layer.y ? (layer.n + width - 1) / width : 0; }
+
+  // How many times `width` outputs there are, the last of each layer maybe fewer.
+  int64_t parts(int64_t width) const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += parts(layers[i], width);
+    return sum;
+  }
+
+  // The layer that the part `at` of all belongs to; `at` becomes its number there.
+  const Layer& layer_of(int64_t& at, int64_t width) const {
+    const Layer* layer = layers;
+    for (; at >= parts(*layer, width); ++layer) at -= parts(*layer, width);
+    return *layer;
+  }
 };
 
 // One allocation cut into arrays, each on a cache line of its own. Without memory it only counts.
@@ -80,15 +98,15 @@ QC_INLINE void store_some(S* to, vf value, int64_t count) {
 }
 
 // y[m, 16 t …] = total * x_scale[m] + bias, rounded once.
-static __attribute__((noinline)) void finish(const Job& job, int64_t m, int64_t t, vf total) {
-  const int64_t n = t * LANES, count = job.n - n;
+static __attribute__((noinline)) void finish(const Job& job, const Layer& layer, int64_t m, int64_t t, vf total) {
+  const int64_t n = t * LANES, count = layer.n - n;
   if (count <= 0) return;
   if (job.x_scale) total = total * splat(job.x_scale[m]);
-  if (job.bias) total = total + load_any(job.bias, job.bias_dtype, n, count);
-  const int64_t at = m * job.n + n;
-  if (job.dtype == FLOAT32) store_some((float*)job.y + at, total, count);
-  else if (job.dtype == FLOAT16) store_some((Half*)job.y + at, total, count);
-  else store_some((Bfloat*)job.y + at, total, count);
+  if (layer.bias) total = total + load_any(layer.bias, (int)layer.bias_dtype, n, count);
+  const int64_t at = m * layer.n + n;
+  if (job.dtype == FLOAT32) store_some((float*)layer.y + at, total, count);
+  else if (job.dtype == FLOAT16) store_some((Half*)layer.y + at, total, count);
+  else store_some((Bfloat*)layer.y + at, total, count);
 }
 
 // The largest |x| of a row; NaN and infinity win, because magnitudes are compared as integers.

@@ -147,15 +147,15 @@ QC_INLINE void multiply(const Job& job, const Panel& panel, int64_t from, int64_
 // Sums of rows first … first + count become outputs of type S. Row by row, so that a cache line of y is written once:
 // rows of y often lie a power of two apart.
 template <class F, class D, class S>
-static __attribute__((noinline)) void finish_panel(const Job& job, const typename F::Planes* a, int64_t tile, int64_t first,
-                                                   int64_t count, const float* c) {
+static __attribute__((noinline)) void finish_panel(const Job& job, const Layer& layer, const typename F::Planes* a, int64_t tile,
+                                                   int64_t first, int64_t count, const float* c) {
   constexpr bool row = F::SPAN == 0;
   vf coeff[NT], offset[NT], bias[NT];
   QC_UNROLL for (int t = 0; t < NT; ++t) {
     const int64_t n = (tile + t) * LANES;
     coeff[t] = row ? F::coeff(a[t], 0) : splat(1.0f);
     offset[t] = row && F::OFFSET ? F::offset(a[t], 0) : splat(0.0f);
-    bias[t] = job.bias ? load_any(job.bias, job.bias_dtype, n, job.n - n) : splat(0.0f);
+    bias[t] = layer.bias ? load_any(layer.bias, (int)layer.bias_dtype, n, layer.n - n) : splat(0.0f);
   }
   for (int64_t m = first; m < first + count; ++m, c += PANEL) {
     const vf scale = splat(job.x_scale ? job.x_scale[m] : 1.0f);
@@ -165,16 +165,17 @@ static __attribute__((noinline)) void finish_panel(const Job& job, const typenam
       vf total = row ? coeff[t] * as_float(sum) : bits_as<float>(sum);
       if (row && F::OFFSET) total = fma(offset[t], splat(job.sums[m]), total);
       const int64_t n = (tile + t) * LANES;
-      store_some((S*)job.y + m * job.n + n, total * scale + bias[t], job.n - n);
+      store_some((S*)layer.y + m * layer.n + n, total * scale + bias[t], layer.n - n);
     }
   }
 }
 
 template <class F, class D>
-QC_INLINE void finish_as(const Job& job, const typename F::Planes* a, int64_t tile, int64_t first, int64_t count, const float* c) {
-  if (job.dtype == FLOAT32) finish_panel<F, D, float>(job, a, tile, first, count, c);
-  else if (job.dtype == FLOAT16) finish_panel<F, D, Half>(job, a, tile, first, count, c);
-  else finish_panel<F, D, Bfloat>(job, a, tile, first, count, c);
+QC_INLINE void finish_as(const Job& job, const Layer& layer, const typename F::Planes* a, int64_t tile, int64_t first, int64_t count,
+                         const float* c) {
+  if (job.dtype == FLOAT32) finish_panel<F, D, float>(job, layer, a, tile, first, count, c);
+  else if (job.dtype == FLOAT16) finish_panel<F, D, Half>(job, layer, a, tile, first, count, c);
+  else finish_panel<F, D, Bfloat>(job, layer, a, tile, first, count, c);
 }
 
 // Floats of scratch that one thread needs.
@@ -186,8 +187,8 @@ constexpr int64_t panel_scratch() {
 
 // Called by every thread of a parallel region, with scratch of its own.
 template <class F, class D>
-static void many_rows(const Job& job, const typename F::Planes& planes, float* scratch) {
-  const int64_t tiles = (job.n + LANES - 1) / LANES, panels = (tiles + NT - 1) / NT;
+static void many_rows(const Job& job, float* scratch) {
+  const int64_t panels = job.parts(PANEL);
   int64_t blocks = (job.m + ROWS - 1) / ROWS;
   while (panels * blocks < 2 * job.threads && job.m / (blocks + 1) >= 32) ++blocks;
   const int64_t spans = by_span<F, D>() ? depth<F, D>() / F::SPAN : 0;
@@ -196,7 +197,10 @@ static void many_rows(const Job& job, const typename F::Planes& planes, float* s
   float* c = panel.offset + spans * PANEL;
 #pragma omp for schedule(dynamic, 1)
   for (int64_t task = 0; task < panels * blocks; ++task) {
-    const int64_t tile = task / blocks * NT, block = task % blocks;
+    int64_t own = task / blocks;
+    const Layer& layer = job.layer_of(own, PANEL);
+    const typename F::Planes planes = F::of(layer.planes);
+    const int64_t tile = own * NT, tiles = Job::parts(layer, LANES), block = task % blocks;
     const int64_t first = job.m * block / blocks, count = job.m * (block + 1) / blocks - first;
     typename F::Planes a[NT], later[NT];
     for (int t = 0; t < NT; ++t) {
@@ -211,7 +215,7 @@ static void many_rows(const Job& job, const typename F::Planes& planes, float* s
       const int64_t start = more ? end : 0, stop = start + depth<F, D>() < job.k ? start + depth<F, D>() : job.k;
       multiply<F, D>(job, panel, k, end, first, count, c, {more ? a : later, start, stop, 0});
     }
-    finish_as<F, D>(job, a, tile, first, count, c);
+    finish_as<F, D>(job, layer, a, tile, first, count, c);
   }
 }
 

@@ -32,7 +32,7 @@ QC_INLINE vf as_float(vi a) { return to_float(a); }
 
 // Sixteen outputs of MR rows: Σ over spans of coeff * Σ x*gen + offset * Σ x.
 template <class F, class D, int MR>
-QC_INLINE void row_tile(const Job& job, const typename F::Planes& a, int64_t t) {
+QC_INLINE void row_tile(const Job& job, const Layer& layer, const typename F::Planes& a, int64_t t) {
   constexpr int CH = chains(MR, F::BLOCK / D::K, F::SPAN / D::K);
   const int32_t* x = job.x;
   int64_t row[MR];
@@ -57,16 +57,20 @@ QC_INLINE void row_tile(const Job& job, const typename F::Planes& a, int64_t t) 
     }
   }
   QC_UNROLL for (int m = 0; m < MR; ++m)
-    if (m < job.m) finish(job, m, t, total[m]);
+    if (m < job.m) finish(job, layer, m, t, total[m]);
 }
 
 // Called by every thread of a parallel region.
 template <class F, class D, int MR>
-static void rows(const Job& job, const typename F::Planes& planes) {
-  const int64_t tiles = (job.n + LANES - 1) / LANES;
+static void rows(const Job& job) {
+  const int64_t tiles = job.parts(LANES);
   const int64_t chunk = tiles / (8 * job.threads) + 1;
 #pragma omp for schedule(dynamic, chunk)
-  for (int64_t t = 0; t < tiles; ++t) row_tile<F, D, MR>(job, F::tile(planes, t, job.k), t);
+  for (int64_t task = 0; task < tiles; ++task) {
+    int64_t t = task;
+    const Layer& layer = job.layer_of(t, LANES);
+    row_tile<F, D, MR>(job, layer, F::tile(F::of(layer.planes), t, job.k), t);
+  }
 }
 
 // Most rows of x that this kernel serves: what the register file holds, running totals included where scales change.
@@ -83,9 +87,9 @@ constexpr int width_of(int64_t m) {
 }
 
 template <class F, class D, int MR = 1>
-static void few_rows(const Job& job, const typename F::Planes& planes) {
-  if (width_of(job.m) == MR) return rows<F, D, MR>(job, planes);
-  if constexpr (MR < most_rows<F>()) few_rows<F, D, next_width(MR)>(job, planes);
+static void few_rows(const Job& job) {
+  if (width_of(job.m) == MR) return rows<F, D, MR>(job);
+  if constexpr (MR < most_rows<F>()) few_rows<F, D, next_width(MR)>(job);
 }
 
 }  // namespace
