@@ -45,7 +45,7 @@ def awq(layers: Sequence[Layer], seen: Seen) -> list[Found]:
         matrix, share = clipped(layer, choice.factors, seen.hessian)
         spec = replace(scaled(layer.scheme.format), shrinks=())  # ranges are chosen
         planes = reference.quantize(spec, matrix, layer.name, None, choice.factors)
-        note = f"{choice.note}, {share:.0%} of groups clipped"
+        note = f"{choice.note}, ranges clipped to {share:.0%}"
         found.append(Found(_scaled(layer.scheme), planes, "awq", note))
     return found
 
