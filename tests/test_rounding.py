@@ -8,10 +8,11 @@ import torch
 
 from qcompile import formats
 from qcompile.formats import reference
-from qcompile.rounding import clip, gptq
+from qcompile.rounding import clip, factors, gptq
 from qcompile.rounding.cholesky import inverse_factor_
 from qcompile.rounding.layers import Layer
-from qcompile.rounding.seen import output_error
+from qcompile.rounding.methods import to_nearest
+from qcompile.rounding.seen import Seen, output_error
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +55,22 @@ def test_padding_of_a_hessian_changes_nothing_for_its_columns() -> None:
 
 def test_each_sweep_of_clipping_makes_errors_of_outputs_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.randn(40, 256), inputs(2000, 256)
-    layer, factors, hessian = Layer("up", formats.Scheme(formats.get("int4_g64")), weight), torch.rand(256).add(0.5), x.t() @ x
+    layer, f, hessian = Layer("up", formats.Scheme(formats.get("int4_g64")), weight), torch.rand(256).add(0.5), x.t() @ x
     spec, found = replace(formats.scaled(layer.scheme.format), shrinks=()), []
     for sweeps in [clip.STEPS[:count] for count in range(1, len(clip.STEPS) + 1)]:
         monkeypatch.setattr(clip, "STEPS", sweeps)
-        matrix, left = clip.clipped(layer, factors, hessian)
-        decoded = reference.decode(spec, reference.quantize(spec, matrix, "up", None, factors), *weight.shape)
+        matrix, left = clip.clipped(layer, f, hessian)
+        decoded = reference.decode(spec, reference.quantize(spec, matrix, "up", None, f), *weight.shape)
         found.append(output_error(x, weight, decoded, None))
         assert 0.5 < left < 1
-    nearest = reference.decode(spec, reference.quantize(spec, weight, "up", None, factors), *weight.shape)
+    nearest = reference.decode(spec, reference.quantize(spec, weight, "up", None, f), *weight.shape)
     assert found == sorted(found, reverse=True) and found[-1] < 0.8 * output_error(x, weight, nearest, None)
+
+
+@pytest.mark.parametrize("name,note", [("int4_g64", "ranges clipped"), ("mxfp4", "scales searched for")])
+def test_awq_keeps_the_better_of_clipped_ranges_and_searched_scales(name: str, note: str) -> None:
+    layer = Layer("up", formats.Scheme(formats.get(name)), torch.randn(48, 128))
+    seen = Seen.of([(0, inputs(1000, 128))], "up", with_hessian=True)
+    (found,) = factors.awq([layer], seen)
+    assert note in found.note
+    assert found.error(layer, seen.sample) < to_nearest(layer, "").error(layer, seen.sample)
