@@ -24,7 +24,8 @@ def main(question: str = typer.Argument(help=f"one of {', '.join(QUESTIONS)}, or
     if question != "all" and question not in QUESTIONS:
         raise typer.BadParameter(f"{question!r}: use one of {', '.join(QUESTIONS)}, all")
     for name in QUESTIONS if question == "all" else (question,):
-        rows = importlib.import_module(f"benchmarks.{name}").run()
+        module = importlib.import_module(f"benchmarks.{name}")
+        rows = module.run()
         table = Table(title=name)
         columns = list(dict.fromkeys(name for row in rows for name in row))
         for column in columns:
@@ -33,6 +34,8 @@ def main(question: str = typer.Argument(help=f"one of {', '.join(QUESTIONS)}, or
             table.add_row(*(_shown(row.get(column, "")) for column in columns))
         Console(width=160).print(table)
         Console().print(f"written to {save(name, rows)}")
+        if hasattr(module, "publish"):
+            module.publish(rows)
         if importlib.util.find_spec("matplotlib") is None:
             Console().print("matplotlib is not installed: no picture (pip install -e '.[bench]')")
         else:

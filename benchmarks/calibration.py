@@ -96,10 +96,16 @@ def windows(ids: torch.Tensor, seed: int, count: int = SAMPLES) -> list[dict[str
     return [{"input_ids": ids[s : s + training.WINDOW][None], "use_cache": False} for s in starts]
 
 
-def samples(tokenizer: Any, count: int = SAMPLES) -> list[dict[str, Any]]:
-    """The first of the draws of :func:`windows`, where one is enough."""
+def draws(tokenizer: Any, count: int = SAMPLES) -> list[list[dict[str, Any]]]:
+    """``count`` windows of the training text for each of the seeds."""
     trained, _ = training.split(training.standard_library())
-    return windows(training.encode(tokenizer, trained), SEEDS[0], count)
+    ids = training.encode(tokenizer, trained)
+    return [windows(ids, seed, count) for seed in SEEDS]
+
+
+def samples(tokenizer: Any, count: int = SAMPLES) -> list[dict[str, Any]]:
+    """The first of the :func:`draws`, where one is enough."""
+    return draws(tokenizer, count)[0]
 
 
 def sentences(seed: int) -> list[dict[str, torch.Tensor]]:
@@ -109,19 +115,19 @@ def sentences(seed: int) -> list[dict[str, torch.Tensor]]:
     return [encoder_example.tokenize(drawn[at : at + 8]) for at in range(0, len(drawn) * 3 // 4, 8)]
 
 
-def rows_of(name: str, model: nn.Module, loss: Loss, draws: Sequence[list[Any]], cases: Any) -> list[dict[str, Any]]:
-    """One row a policy and method: losses of rounding to nearest, by range alone and by search, and over the draws the mean loss
-    and the shares of both that are won back."""
+def rows_of(name: str, model: nn.Module, loss: Loss, drawn: Sequence[list[Any]], cases: Any) -> list[dict[str, Any]]:
+    """One row a policy and method: losses of rounding to nearest, by range alone and by search, and over the samples ``drawn``
+    the mean loss and the shares of both that are won back."""
     rows = []
     for policy, methods in cases.items():
-        nearest = loss(packed(model, policy, draws[0][0]))
+        nearest = loss(packed(model, policy, drawn[0][0]))
         ranges = by_range(policy, model)
-        plain = loss(packed(model, ranges, draws[0][0])) if ranges is not None else {}
+        plain = loss(packed(model, ranges, drawn[0][0])) if ranges is not None else {}
         for method in methods:
             began = time.perf_counter()
-            calibrated = [qcompile.calibrate(model, data, policy=policy, method=method, progress=False) for data in draws]
-            seconds = (time.perf_counter() - began) / len(draws)
-            found = [loss(packed(model, c, draws[0][0])) for c in calibrated]
+            calibrated = [qcompile.calibrate(model, data, policy=policy, method=method, progress=False) for data in drawn]
+            seconds = (time.perf_counter() - began) / len(drawn)
+            found = [loss(packed(model, c, drawn[0][0])) for c in calibrated]
             for kind, before in nearest.items():
                 lost = [f[kind] for f in found]
                 row = {"model": name, "policy": policy, "method": method, "loss": kind, "nearest": before,
@@ -154,11 +160,9 @@ def packed(model: nn.Module, policy: Any, inputs: dict[str, Any]) -> nn.Module:
 def run() -> list[dict[str, Any]]:
     """Rows of all models; see :func:`rows_of`."""
     model, tokenizer, text = training.trained_decoder()
-    trained, _ = training.split(training.standard_library())
-    ids, held_out = training.encode(tokenizer, trained), training.encode(tokenizer, [text])
-    draws = [windows(ids, seed) for seed in SEEDS]
-    rows = rows_of("decoder", model, DecoderLoss(model, held_out), draws, PLAIN)
+    held_out, data = training.encode(tokenizer, [text]), draws(tokenizer)
+    rows = rows_of("decoder", model, DecoderLoss(model, held_out), data, PLAIN)
     encoder = encoder_example.load()
     rows += rows_of("encoder", encoder, EncoderLoss(encoder), [sentences(seed) for seed in SEEDS], ENCODER)
     planted = with_outliers(model)
-    return rows + rows_of("decoder with outlier channels", planted, DecoderLoss(planted, held_out), draws[:1], PLANTED)
+    return rows + rows_of("decoder with outlier channels", planted, DecoderLoss(planted, held_out), data[:1], PLANTED)

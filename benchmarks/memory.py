@@ -56,7 +56,7 @@ def measure(policy: str) -> dict[str, Any]:
 
 def measure_calibration(method: str) -> dict[str, Any]:
     """In this process: resident memory of the float model and the peak while int4 is calibrated by ``method``, and what the
-    layer with most inputs needs at least: the sum x xᵀ in float32, and in float64 that and its inverse."""
+    layer with most inputs needs at least: the sum x xᵀ in float32, and the factor of its inverse in float64 and float32."""
     import torch
 
     import qcompile
@@ -76,7 +76,7 @@ def measure_calibration(method: str) -> dict[str, Any]:
         row["peak rss"] = _status("VmHWM") - base
     planes = sum(p.nbytes for _, w in calibrated if w.packed is not None for p in w.packed.planes)
     inputs = LLAMA_3_8B["intermediate_size"]
-    return row | {"bytes": planes, "matrices": inputs**2 * (4 + 8 + 8), "above the model": row["peak rss"] - row["bf16 rss"]}
+    return row | {"bytes": planes, "matrices": inputs**2 * (4 + 8 + 4), "above the model": row["peak rss"] - row["bf16 rss"]}
 
 
 def run() -> list[dict[str, Any]]:

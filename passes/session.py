@@ -17,7 +17,7 @@ from qcompile.formats import Scheme, scheme_of
 from qcompile.packing import Packed, known, packed
 from qcompile.rounding.layers import Found, Layer, decoded
 from qcompile.rounding.methods import Method, to_nearest
-from qcompile.rounding.seen import Seen, output_error
+from qcompile.rounding.seen import Seen
 from qcompile.store import code_version, the_store
 
 from .fingerprint import fingerprint
@@ -115,12 +115,8 @@ class Session:
         found = list(plain)
         for at, made in zip(served, self.method.pack([layers[i] for i in served], seen) if served else [], strict=True):
             found[at] = made
-        return [(one, self._error(layer, near, seen), self._error(layer, one, seen))
+        return [(one, near.error(layer, seen.sample), one.error(layer, seen.sample))
                 for layer, near, one in zip(layers, plain, found, strict=True)]  # fmt: skip
-
-    def _error(self, layer: Layer, found: Found, seen: Seen) -> float:
-        made = found.decoded(layer.matrix.shape)
-        return output_error(seen.sample, layer.matrix, made, found.scheme.activations, found.factors)
 
     def _packed(self, weights: Sequence[Weight], made: Sequence[tuple[Found, float, float]], parts: Any) -> list[Outcome]:
         """The planes as the store has them: mapped from their files, which takes no memory until they are read."""

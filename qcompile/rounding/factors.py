@@ -38,15 +38,18 @@ class Choice:
 
 
 def awq(layers: Sequence[Layer], seen: Seen) -> list[Found]:
-    """Exponents for all layers of one input; then ranges of groups are clipped where that makes errors smaller."""
+    """Exponents for all layers of one input; then ranges of groups are clipped. Where the format's own search for scales makes
+    smaller errors of the outputs (scales that are powers of two do not follow ranges closely), it is kept."""
     assert seen.hessian is not None
     choice, found = _awq_choice(layers, seen), []
     for layer in layers:
+        scheme = _scaled(layer.scheme)
         matrix, share = clipped(layer, choice.factors, seen.hessian)
-        spec = replace(scaled(layer.scheme.format), shrinks=())  # ranges are chosen
+        spec = replace(scheme.format, shrinks=())  # ranges are chosen
         planes = reference.quantize(spec, matrix, layer.name, None, choice.factors)
-        note = f"{choice.note}, {share:.0%} of groups clipped"
-        found.append(Found(_scaled(layer.scheme), planes, "awq", note))
+        ranges = Found(scheme, planes, "awq", f"{choice.note}, ranges clipped to {share:.0%}")
+        searched = Found(scheme, _rounded(layer, choice.factors, seen), "awq", f"{choice.note}, scales searched for")
+        found.append(min(ranges, searched, key=lambda one: one.error(layer, seen.sample)))
     return found
 
 

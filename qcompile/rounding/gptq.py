@@ -20,6 +20,7 @@ from ..formats.codes import gen_values, nearest_code
 from ..formats.layout import pack_plane
 from ..formats.search import fit
 from ..formats.storage import Entries
+from .cholesky import inverse_factor_
 
 DAMPING = 0.01
 """Share of the mean diagonal of H that is added to it (the paper's value) …"""
@@ -84,23 +85,30 @@ class Curvature:
 
 
 def _damped(hessian: torch.Tensor, cols: int, damping: float) -> Curvature | None:
-    """That of H + ``damping`` · its mean diagonal; None where it has no Cholesky factor. Works in float64, on two matrices at a
-    time."""
-    padding = cols - len(hessian)
-    diagonal = F.pad(hessian.diagonal().to(torch.float64), (0, padding))
-    mean = diagonal[: len(hessian)].mean().clamp_min(1e-12)
+    """That of H + ``damping`` · its mean diagonal; None where it has no Cholesky factor. Works in float64, on one matrix beside
+    H."""
+    k = len(hessian)
+    diagonal = F.pad(hessian.diagonal().to(torch.float64), (0, cols - k))
+    mean = diagonal[:k].mean().clamp_min(1e-12)
     diagonal = torch.where(diagonal <= 0, mean, diagonal + damping * mean)
     importance = diagonal.to(torch.float32)
-    importance[len(hessian) :] = 0.0
-    order = importance.argsort(descending=True, stable=True)
-    work = F.pad(hessian, (0, padding, 0, padding))[order[:, None], order].to(torch.float64)
-    work.diagonal().copy_(diagonal[order])
-    work, failed = torch.linalg.cholesky_ex(work)
-    if failed:
+    importance[k:] = 0.0
+    order = importance.argsort(descending=True, stable=True)  # padding is last
+    work = _reversed(hessian, order, cols)
+    work.diagonal().copy_(diagonal[order].flip(0))
+    if not inverse_factor_(work):
         return None
-    work = torch.cholesky_inverse(work)
-    work, failed = torch.linalg.cholesky_ex(work, upper=True)
-    return None if failed else Curvature(order, work.to(torch.float32), importance, damping)
+    work = work.to(torch.float32)  # the float64 one is freed before the next copy
+    return Curvature(order, work.flip(0, 1), importance, damping)
+
+
+def _reversed(hessian: torch.Tensor, order: torch.Tensor, cols: int) -> torch.Tensor:
+    """``hessian`` ``[K, K]`` with rows and columns in the reverse of ``order``, in float64; padding is zero, and comes first."""
+    k = len(hessian)
+    made, last = torch.zeros(cols, cols, dtype=torch.float64, device=hessian.device), order[:k].flip(0)
+    for rows, part in zip(last.split(BLOCK), made[cols - k :, cols - k :].split(BLOCK), strict=True):
+        part.copy_(hessian[rows][:, last])
+    return made
 
 
 def quantize(

@@ -9,7 +9,7 @@ import torch
 
 from ..formats import FormatSpec, Scheme, reference
 from ..formats.spec import TILE_N
-from .seen import CHUNK_ELEMENTS
+from .seen import CHUNK_ELEMENTS, output_error
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Found:
         """The float32 weight of ``shape`` ``[N, K]``."""
         n, k = shape
         return decoded(self.scheme.format, self.planes, n, k, torch.float32)
+
+    def error(self, layer: Layer, sample: torch.Tensor) -> float:
+        """‖ŷ − y‖ / ‖y‖ of the outputs of ``layer`` for inputs ``sample`` ``[R, K]``."""
+        return output_error(sample, layer.matrix, self.decoded(layer.matrix.shape), self.scheme.activations, self.factors)
 
 
 def decoded(spec: FormatSpec, planes: Sequence[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:

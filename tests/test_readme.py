@@ -1,0 +1,30 @@
+"""README's table of accuracy is the one that its command made."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import accuracy
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def test_the_table_of_accuracy_is_that_of_the_results() -> None:
+    rows = json.loads((RESULTS / "accuracy.json").read_text())["rows"]
+    assert accuracy.BEGIN + accuracy.table(rows) + accuracy.END in accuracy.README.read_text(encoding="utf-8")
+
+
+def test_publishing_replaces_the_table_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"model": "decoder", "policy": name, "bytes": 0.5, "over float": -0.0012, "KL": 0.01234, "agreement": 0.9}
+            for name in accuracy.SHOWN]  # fmt: skip
+    monkeypatch.setattr(accuracy, "README", tmp_path / "README.md")
+    accuracy.README.write_text(f"before\n{accuracy.BEGIN}old\n{accuracy.END}\nafter\n")
+    accuracy.publish(rows)
+    text = accuracy.README.read_text()
+    assert text.startswith("before\n") and text.endswith(f"{accuracy.END}\nafter\n") and "old" not in text
+    assert "| `int4`, GPTQ | 0.500 | -0.12 % | 0.0123 | 90.0 % |" in text
+    assert "| searched, 4.25 bits, GPTQ |" in text
+    accuracy.README.write_text("no marks")
+    with pytest.raises(ValueError, match="no <!-- python -m benchmarks accuracy --> … <!-- end --> around the table"):
+        accuracy.publish(rows)
