@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
 from .errors import WeightError
-from .formats import reference, scheme_of
+from .formats import reference, scheme_of, surrogate
 from .formats.scheme import ACTIVATIONS
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
@@ -35,10 +35,10 @@ def _matrix(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
 
 def _fake_quantize(weight: torch.Tensor, scheme: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     try:
-        made, kept = reference.fake(scheme_of(scheme).format, _matrix(weight, transposed), UNNAMED)
+        made, scales = reference.fake(scheme_of(scheme).format, _matrix(weight, transposed), UNNAMED)
     except WeightError as error:
         raise _named(error, weight) from error
-    return (made.t().contiguous(), kept.t().contiguous()) if transposed else (made, kept)
+    return (made.t().contiguous() if transposed else made), scales
 
 
 UNNAMED = "a weight in quantization-aware training"
@@ -99,7 +99,9 @@ _library.impl("trained_linear", _under_autocast("cuda"), "AutocastCUDA")
 
 @torch.library.register_fake("qcompile::fake_quantize")
 def _fake_quantize_fake(weight: torch.Tensor, scheme: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return weight.new_empty(weight.shape), weight.new_empty(weight.shape, dtype=torch.bool)
+    n, k = reversed(weight.shape) if transposed else weight.shape
+    shape = reference.scales_shape(scheme_of(scheme).format, n, k)
+    return weight.new_empty(weight.shape), weight.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("qcompile::fake_activations")
@@ -119,13 +121,17 @@ def _trained_rows_fake(weight: torch.Tensor, indices: torch.Tensor, scheme: str)
     return weight.new_empty((*indices.shape, weight.shape[1]))
 
 
-def _save_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(output[1])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, ctx.scheme, ctx.transposed = inputs
+    ctx.save_for_backward(weight, *output)
 
 
 def _weight_backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:
-    (kept,) = ctx.saved_tensors
-    return torch.where(kept, grad, 0.0), None, None
+    """Plain PyTorch, which Inductor fuses into the backward."""
+    weight, made, scales = ctx.saved_tensors
+    three = [t.t() if ctx.transposed else t for t in (grad, weight, made)]
+    found = surrogate.gradient(scheme_of(ctx.scheme).format, *three, scales)
+    return (found.t() if ctx.transposed else found), None, None
 
 
 def _pass_through(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -133,7 +139,7 @@ def _pass_through(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
     return grad, None
 
 
-torch.library.register_autograd("qcompile::fake_quantize", _weight_backward, setup_context=_save_mask)
+torch.library.register_autograd("qcompile::fake_quantize", _weight_backward, setup_context=_save)
 torch.library.register_autograd("qcompile::fake_activations", _pass_through)
 
 fake_quantize = torch.ops.qcompile.fake_quantize.default
