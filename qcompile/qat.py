@@ -22,7 +22,7 @@ from .formats.scheme import ACTIVATIONS
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-_library.define("fake_quantize(Tensor weight, str scheme, bool transposed) -> (Tensor, Tensor)", tags=_tags)
+_library.define("fake_weight(Tensor weight, str scheme, bool transposed) -> (Tensor, Tensor)", tags=_tags)
 _library.define("fake_activations(Tensor x, str kind) -> Tensor")
 _library.define("trained_linear(Tensor x, Tensor weight, Tensor? bias, str scheme, bool transposed) -> Tensor", tags=_tags)
 _library.define("trained_rows(Tensor weight, Tensor indices, str scheme) -> Tensor", tags=_tags)
@@ -33,7 +33,7 @@ def _matrix(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
     return detached.t() if transposed else detached
 
 
-def _fake_quantize(weight: torch.Tensor, scheme: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_weight(weight: torch.Tensor, scheme: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         made, scales = reference.fake(scheme_of(scheme).format, _matrix(weight, transposed), UNNAMED)
     except WeightError as error:
@@ -77,7 +77,7 @@ def _trained_rows(weight: torch.Tensor, indices: torch.Tensor, scheme: str) -> t
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("fake_quantize", _fake_quantize, _device)
+    _library.impl("fake_weight", _fake_weight, _device)
     _library.impl("fake_activations", _fake_activations, _device)
     _library.impl("trained_linear", _trained_linear, _device)
     _library.impl("trained_rows", _trained_rows, _device)
@@ -97,8 +97,8 @@ _library.impl("trained_linear", _under_autocast("cpu"), "AutocastCPU")
 _library.impl("trained_linear", _under_autocast("cuda"), "AutocastCUDA")
 
 
-@torch.library.register_fake("qcompile::fake_quantize")
-def _fake_quantize_fake(weight: torch.Tensor, scheme: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.register_fake("qcompile::fake_weight")
+def _fake_weight_fake(weight: torch.Tensor, scheme: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     n, k = reversed(weight.shape) if transposed else weight.shape
     shape = reference.scales_shape(scheme_of(scheme).format, n, k)
     return weight.new_empty(weight.shape), weight.new_empty(shape, dtype=torch.float32)
@@ -139,10 +139,10 @@ def _pass_through(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
     return grad, None
 
 
-torch.library.register_autograd("qcompile::fake_quantize", _weight_backward, setup_context=_save)
+torch.library.register_autograd("qcompile::fake_weight", _weight_backward, setup_context=_save)
 torch.library.register_autograd("qcompile::fake_activations", _pass_through)
 
-fake_quantize = torch.ops.qcompile.fake_quantize.default
+fake_weight = torch.ops.qcompile.fake_weight.default
 fake_activations = torch.ops.qcompile.fake_activations.default
 trained_linear = torch.ops.qcompile.trained_linear.default
 trained_rows = torch.ops.qcompile.trained_rows.default

@@ -1,4 +1,5 @@
-"""The sums of :mod:`qcompile.formats.moments` and the search for scales in C++, compiled once on a machine: what quantizing spends its time on."""
+"""The sums of :mod:`qcompile.formats.moments` and the search for scales in C++, compiled once on a machine: what quantizing
+spends its time on."""
 
 from __future__ import annotations
 

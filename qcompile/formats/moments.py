@@ -52,10 +52,13 @@ class Native(Protocol):
         self, rounding: Rounding, x: torch.Tensor, w: torch.Tensor | None, sums: torch.Tensor, starts: torch.Tensor,
         shares: torch.Tensor, planes: tuple[int, ...],
     ) -> torch.Tensor | None:  # fmt: skip
-        """Scale and offset ``[2, groups]`` that :mod:`qcompile.formats.search` finds from ``starts`` ``[2, groups]``, with Σ w·x²,
-        Σ w·x and Σ w in ``sums`` ``[3, groups]``; ``shares`` ``[2, candidates]`` times a start's scale are added to nothing, and
-        to its offset; ``planes``: how scale and offset are rounded (a number of :data:`FLOATS`, 0: not), whether there is an
-        offset, its sign, and whether a scale may have either."""
+        """Scale and offset ``[2, groups]`` that :mod:`qcompile.formats.search` finds from ``starts`` ``[2, groups]``.
+
+        ``sums`` ``[3, groups]``: Σ w·x², Σ w·x and Σ w. ``shares`` ``[2, candidates]``: a candidate's scale is the start's times
+        the first, its offset the start's plus the start's scale times the second. ``planes``: how scale and offset are rounded
+        (numbers of :data:`FLOATS`, 0: not at all), whether there is an offset, its sign (0: either), and whether a scale may
+        have either sign.
+        """
 
 
 FLOATS = {"f32": 1, "bf16": 2, "f16": 3}
