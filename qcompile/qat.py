@@ -1,9 +1,8 @@
 """Operators of quantization-aware training: weights and inputs as they will be once packed, and planes packed for evaluation.
 
 Nothing is added to a model and none of its parameters replaced. In training a weight W counts as Ŵ = decode(quantize(W)), by
-the functions that pack it, and its gradient is that of Ŵ where the format does not cut W off, 0 where it does: the
-straight-through estimator (Bengio et al. 2013), clipped (Choi et al. 2018). In evaluation W is packed when it is first used and
-again after it has changed.
+the functions that pack it; its gradient is that of :mod:`~qcompile.formats.surrogate`. In evaluation W is packed when it is first
+used and again after it has changed.
 """
 
 from __future__ import annotations
@@ -129,8 +128,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 def _weight_backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:
     """Plain PyTorch, which Inductor fuses into the backward."""
     weight, made, scales = ctx.saved_tensors
-    three = [t.t() if ctx.transposed else t for t in (grad, weight, made)]
-    found = surrogate.gradient(scheme_of(ctx.scheme).format, *three, scales)
+    grad, weight, made = (t.t() if ctx.transposed else t for t in (grad, weight, made))
+    found = surrogate.gradient(scheme_of(ctx.scheme).format, grad, weight, made, scales)
     return (found.t() if ctx.transposed else found), None, None
 
 

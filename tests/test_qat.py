@@ -19,13 +19,13 @@ from workers import trained
 import qcompile
 from qcompile import qat
 from qcompile.errors import OptionError, PolicyError, WeightError
-from qcompile.formats import REGISTRY, FormatSpec, Plane, Scheme, find, register_scheme, symbols
+from qcompile.formats import REGISTRY, FormatSpec, Plane, Scheme, find, get, register_scheme, symbols
 from qcompile.formats.reference import decode, fake, quantize, scales_shape
 from qcompile.formats.surrogate import gradient
 from qcompile.recorder import recorder_of
 from qcompile.tensor import QuantizedTensor
 
-SPECS = sorted(REGISTRY.values(), key=lambda s: s.name)
+SPECS = sorted([*REGISTRY.values(), get("int3_range_g128")], key=lambda s: s.name)
 DTYPES = [torch.float32, torch.bfloat16]
 
 pytestmark = pytest.mark.usefixtures("reset_dynamo")
@@ -87,6 +87,18 @@ def _ones(spec: FormatSpec, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"scale": torch.ones(len(weight), weight.shape[1] // 8), "q": codes}
 
 
+def test_a_transposed_weight_has_the_transposed_gradient() -> None:
+    weight, grad, found = torch.randn(32, 96), torch.randn(32, 96), []
+    for transposed in (False, True):
+        turned = (weight.t().contiguous() if transposed else weight.clone()).requires_grad_()
+        made = qat.fake_weight(turned, register_scheme(Scheme(get("int2_g64"))), transposed)[0]
+        (made.t() if transposed else made).backward(grad)
+        assert turned.grad is not None
+        found.append((made.t() if transposed else made, turned.grad.t() if transposed else turned.grad))
+    assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][1], grad)
+    torch.testing.assert_close(*(gradients for _, gradients in found))
+
+
 def test_the_operators_stand_torchs_own_checks() -> None:
     key = register_scheme(Scheme(find("int4_g32")))  # type: ignore[arg-type]
     weight, x = torch.randn(32, 64), torch.randn(3, 64)
@@ -103,7 +115,7 @@ def test_the_operators_stand_torchs_own_checks() -> None:
 # Whole models --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["int4", "int8", "nf4", "Q4_K", "nvfp4", "fp8", "mixed", "int3_g64"])
+@pytest.mark.parametrize("policy", ["int4", "int8", "nf4", "Q4_K", "nvfp4", "fp8", "mixed", "int3_range_g64"])
 def test_training_computes_what_the_packed_model_will(policy: str) -> None:
     """Bit for bit what plain Inductor computes with the packed weights decoded; in evaluation what the packed model does."""
     model, x = stack(0, width=256).train(), torch.randn(4, 256)
@@ -118,10 +130,11 @@ def test_training_computes_what_the_packed_model_will(policy: str) -> None:
     assert (trained - evaluated).norm() <= 1e-5 * evaluated.norm()
 
 
-def test_gradients_are_those_of_the_decoded_weights() -> None:
-    model, x = stack(0).train(), torch.randn(4, 64)
-    compiled(model)(x).square().sum().backward()
-    reference = decoded(packed(model, x)).requires_grad_()
+@pytest.mark.parametrize("name", ["int4_g32", "int3_range_g32"])
+def test_gradients_are_those_of_the_decoded_weights(name: str) -> None:
+    spec, model, x = get(name), stack(0).train(), torch.randn(4, 64)
+    compiled(model, name)(x).square().sum().backward()
+    reference = decoded(packed(model, x, policy=name)).requires_grad_()
     reference(x).square().sum().backward()
     grads = {n: p.grad for n, p in reference.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -129,7 +142,7 @@ def test_gradients_are_those_of_the_decoded_weights() -> None:
         want = grads[name]
         if parameter.dim() == 2:
             weight = parameter.detach()
-            want = gradient(REGISTRY["int4_g32"], want, weight, *fake(REGISTRY["int4_g32"], weight))
+            want = gradient(spec, want, weight, *fake(spec, weight))
         torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-4)
 
 

@@ -113,3 +113,14 @@ def test_half_precision_has_the_gradient_of_single() -> None:
     found = gradient(spec, grad, weight, *fake(spec, weight))
     want = gradient(spec, grad.float(), weight.float(), *fake(spec, weight.float()))
     assert found.dtype == torch.bfloat16 and (found.float() - want).norm() < 2e-2 * want.norm()
+
+
+def test_scales_of_a_range_reach_both_ends() -> None:
+    spec = get("int3_range_g128")
+    weight = torch.randn(8, 256)
+    made, scales = fake(spec, weight)
+    groups, values = weight.view(8, 2, 128), made.view(8, 2, 128)
+    span = groups.amax(-1) - groups.amin(-1)
+    assert torch.equal(scales[0], (span / 7).bfloat16().float()) and spec.planes == get("int3_g128").planes
+    for end in (torch.amax, torch.amin):
+        assert ((end(values, -1) - end(groups, -1)).abs() <= 0.02 * span).all()
