@@ -33,7 +33,7 @@ ROUNDS = 9
 @dataclass(frozen=True)
 class Training:
     """The format ``scales`` that float weights are trained in, and learning rates ``fresh``, from them, and ``after`` GPTQ. The
-    coarser the steps of a format, the further weights must move; where scales are found anew, small steps disturb them less."""
+    coarser the steps of a format, the further weights must move."""
 
     scales: str
     fresh: float
@@ -41,8 +41,8 @@ class Training:
 
 
 TRAININGS = {
-    "int4_g128": Training("int4_range_g128", 1e-4, 2e-4),
-    "int3_g128": Training("int3_range_g128", 2e-4, 4e-4),
+    "int4_g128": Training("int4_range_g128", 1e-4, 1e-4),
+    "int3_g128": Training("int3_range_g128", 2e-4, 3e-4),
     "int2_g32": Training("int2_g32", 3e-4, 3e-4),
 }
 
