@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +30,52 @@ SAMPLES = 64
 ROUNDS = 9
 """Of interleaved steps, for their medians."""
 
-RATES = {"int4_g128": 1e-4, "int3_g128": 2e-4, "int2_g32": 3e-4}
-"""Formats and their learning rates: the coarser the steps of a format, the further weights must move."""
+@dataclass(frozen=True)
+class Training:
+    """The format ``scales`` that float weights are trained in, and learning rates ``fresh``, from them, and ``after`` GPTQ. The
+    coarser the steps of a format, the further weights must move."""
 
-TIMED = ("int4", "int8", "nf4", "Q4_K", "int2_g32", "int8_dynamic")
+    scales: str
+    fresh: float
+    after: float
+
+
+TRAININGS = {
+    "int4_g128": Training("int4_range_g128", 1e-4, 1e-4),
+    "int3_g128": Training("int3_range_g128", 2e-4, 3e-4),
+    "int2_g32": Training("int2_g32", 3e-4, 3e-4),
+}
+
+TIMED = ("int4", "int4_range_g128", "int8", "nf4", "Q4_K", "int2_g32", "int8_dynamic")
+
+STEP_SIZES = {8: (ROUNDS, (False, True), TIMED), 32: (5, (True,), ("int4", "Q4_K", "int2_g32"))}
+"""Windows a step, and how many rounds, under autocast or not, of which formats."""
 
 
 @torch.enable_grad()
-def tuned(model: Any, run: Any, teacher: Any, ids: torch.Tensor, rate: float) -> float:
-    """Trains ``model``, called as ``run``, to predict what the float ``teacher`` does (Hinton et al. 2015), on the same windows
-    in the same order whatever it is; returns seconds."""
+def tuned(model: Any, run: Any, taught: list[torch.Tensor], ids: torch.Tensor, rate: float) -> float:
+    """Trains ``model``, called as ``run``, to predict what the float teacher does (Hinton et al. 2015), whose logits on windows
+    of ``ids`` are ``taught``, step by step; returns seconds."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 20, (STEPS - s) / (STEPS - 20)))
     draw, began = torch.Generator().manual_seed(7), time.perf_counter()
-    for _ in range(STEPS):
-        rows = windows(ids, draw)[:, :-1]
+    for logits in taught:
+        rows, wanted = windows(ids, draw)[:, :-1], logits.float().log_softmax(-1)
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                wanted = teacher(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)
             found = run(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)
         (F.kl_div(found, wanted, log_target=True, reduction="sum") / rows.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     return time.perf_counter() - began
+
+
+@torch.no_grad()
+def lessons(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """bfloat16 logits of the float ``model`` for each step: all trainings see the same windows in the same order."""
+    teacher, draw = torch.compile(copy.deepcopy(model)), torch.Generator().manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        return [teacher(input_ids=windows(ids, draw)[:, :-1], use_cache=False).logits for _ in range(STEPS)]
 
 
 def windows(ids: torch.Tensor, draw: torch.Generator, batch: int = BATCH) -> torch.Tensor:
@@ -95,11 +118,11 @@ def accuracy() -> Iterator[dict[str, Any]]:
     model, tokenizer, text = training.trained_decoder()
     texts, _ = training.split(training.standard_library())
     ids, held_out = training.encode(tokenizer, texts), training.encode(tokenizer, [text])
-    teacher, data = torch.compile(copy.deepcopy(model)), samples(tokenizer, SAMPLES)
+    taught, data = lessons(model, ids), samples(tokenizer, SAMPLES)
     best = loss(model, held_out)
     model.requires_grad_(True)
     yield {"format": "float32", "way": "as it is", "loss": best, "perplexity": math.exp(best)}
-    for policy, rate in RATES.items():
+    for policy, how in TRAININGS.items():
         torch._dynamo.reset()
         nearest = loss(packed(model, policy, data[0]), held_out)
 
@@ -107,10 +130,10 @@ def accuracy() -> Iterator[dict[str, Any]]:
             return {"format": policy, "way": way, "loss": value, "perplexity": math.exp(value),
                     "recovered": (nearest - value) / (nearest - best), "seconds": seconds}  # fmt: skip
 
-        def trained(start: Any, policy: str = policy, rate: float = rate) -> tuple[float, float]:
+        def trained(start: Any, policy: str, rate: float) -> tuple[float, float]:
             own = copy.deepcopy(start).train()
             run = torch.compile(own, backend="qcompile", options={"qat": True, "policy": policy})
-            seconds = tuned(own, run, teacher, ids, rate)
+            seconds = tuned(own, run, taught, ids, rate)
             return loss(packed(own.eval(), policy, data[0]), held_out), seconds
 
         yield row("rounded to nearest", nearest, 0.0)
@@ -118,39 +141,43 @@ def accuracy() -> Iterator[dict[str, Any]]:
         with torch.no_grad():
             found = qcompile.calibrate(model, data, policy=policy, method="gptq", progress=False)
         yield row("GPTQ", loss(packed(model, found, data[0]), held_out), time.perf_counter() - began)
-        yield row("trained", *trained(model))
-        yield row("GPTQ, then trained", *trained(found.round_(copy.deepcopy(model))))
+        yield row("trained", *trained(model, how.scales, how.fresh)) | {"scales": how.scales, "rate": how.fresh}
+        yield row("GPTQ, then trained", *trained(found.round_(copy.deepcopy(model)), policy, how.after)) | {"rate": how.after}
         if (prepare := of_torchao(policy)) is not None:
             other = copy.deepcopy(model).train()
             run = prepare(other)
-            seconds = tuned(other, run, teacher, ids, rate)
-            yield row("trained by torchao", loss(run.eval(), held_out), seconds)
+            seconds = tuned(other, run, taught, ids, how.fresh)
+            yield row("trained by torchao", loss(run.eval(), held_out), seconds) | {"rate": how.fresh}
 
 
 def times() -> Iterator[dict[str, Any]]:
-    """Seconds of a whole training step on 2048 tokens beside plain Inductor's, all in one run, interleaved."""
+    """Seconds of a whole training step beside plain Inductor's, all in one run, interleaved: fake quantization costs by the
+    weight, not by the token."""
     torch._dynamo.reset()
-    rows = torch.randint(0, training.VOCABULARY, (8, training.WINDOW + 1), generator=torch.Generator().manual_seed(0))
     base = training.new_model().train()
-    for brain in (False, True):
-        steps: dict[str, Callable[[], None]] = {}
-        for name in ("Inductor", *TIMED):
-            model = copy.deepcopy(base)
-            how: dict[str, Any] = {"backend": "qcompile", "options": {"qat": True, "policy": name}}
-            run = torch.compile(model, **({} if name == "Inductor" else how))
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-            steps[name] = lambda run=run, optimizer=optimizer, brain=brain: step(run, rows, optimizer, brain)  # type: ignore
-        taken = _interleaved(steps)
-        for name, own in taken.items():
-            ratio = statistics.median(a / b for a, b in zip(own, taken["Inductor"], strict=True))
-            yield {"format": name, "way": "step, bf16 autocast" if brain else "step, float32", "seconds": statistics.median(own),
-                   "× Inductor": ratio}  # fmt: skip
+    for count, (rounds, casts, formats) in STEP_SIZES.items():
+        draw = torch.Generator().manual_seed(0)
+        rows = torch.randint(0, training.VOCABULARY, (count, training.WINDOW + 1), generator=draw)
+        for brain in casts:
+            taken = _interleaved({name: _stepping(base, name, rows, brain) for name in ("Inductor", *formats)}, rounds)
+            for name, own in taken.items():
+                ratio = statistics.median(a / b for a, b in zip(own, taken["Inductor"], strict=True))
+                yield {"format": name, "way": "step, bf16 autocast" if brain else "step, float32",
+                       "tokens": count * training.WINDOW, "seconds": statistics.median(own), "× Inductor": ratio}  # fmt: skip
 
 
-def _interleaved(steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+def _stepping(base: Any, policy: str, rows: torch.Tensor, brain: bool) -> Callable[[], None]:
+    model = copy.deepcopy(base)
+    how: dict[str, Any] = {"backend": "qcompile", "options": {"qat": True, "policy": policy}}
+    run = torch.compile(model, **({} if policy == "Inductor" else how))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    return lambda: step(run, rows, optimizer, brain)
+
+
+def _interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Processor seconds of this process, of all its threads: others on the machine do not count."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(ROUNDS + 2):
+    for turn in range(rounds + 2):
         for name, one in steps.items():
             began = time.process_time()
             one()

@@ -190,7 +190,7 @@ def _fake_weight(weight: Node, trained: Trained) -> None:
         return
     first = next(n for n in weight.graph.nodes if n.op != "placeholder")
     with weight.graph.inserting_before(first):
-        both = weight.graph.call_function(qat.fake_quantize, (weight, trained.scheme, trained.transposed))
+        both = weight.graph.call_function(qat.fake_weight, (weight, trained.scheme, trained.transposed))
         values = weight.graph.call_function(operator.getitem, (both, 0))
     _placed(both, readers[0], None)
     _placed(values, readers[0], weight)

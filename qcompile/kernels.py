@@ -7,13 +7,13 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from .errors import LayoutError
 from .formats import FormatSpec, Scheme, reference, scheme_of
-from .formats.moments import Three, use
+from .formats.moments import Native, use
 
 
 class Kernels(Protocol):
@@ -163,13 +163,13 @@ class Prepared:
         return planes[: len(self.spec.parts)]
 
 
-def _moments(*arguments: Any) -> Three | None:
-    from .codegen.cpp_moments import moments
+def _native() -> Native:
+    from .codegen import cpp_moments
 
-    return moments(*arguments)
+    return cpp_moments
 
 
-use(_moments)
+use(_native)
 
 
 @functools.cache

@@ -1,9 +1,8 @@
 """Operators of quantization-aware training: weights and inputs as they will be once packed, and planes packed for evaluation.
 
 Nothing is added to a model and none of its parameters replaced. In training a weight W counts as Ŵ = decode(quantize(W)), by
-the functions that pack it, and its gradient is that of Ŵ where the format does not cut W off, 0 where it does: the
-straight-through estimator (Bengio et al. 2013), clipped (Choi et al. 2018). In evaluation W is packed when it is first used and
-again after it has changed.
+the functions that pack it; its gradient is that of :mod:`~qcompile.formats.surrogate`. In evaluation W is packed when it is first
+used and again after it has changed.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
 from .errors import WeightError
-from .formats import reference, scheme_of
+from .formats import reference, scheme_of, surrogate
 from .formats.scheme import ACTIVATIONS
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-_library.define("fake_quantize(Tensor weight, str scheme, bool transposed) -> (Tensor, Tensor)", tags=_tags)
+_library.define("fake_weight(Tensor weight, str scheme, bool transposed) -> (Tensor, Tensor)", tags=_tags)
 _library.define("fake_activations(Tensor x, str kind) -> Tensor")
 _library.define("trained_linear(Tensor x, Tensor weight, Tensor? bias, str scheme, bool transposed) -> Tensor", tags=_tags)
 _library.define("trained_rows(Tensor weight, Tensor indices, str scheme) -> Tensor", tags=_tags)
@@ -33,12 +32,12 @@ def _matrix(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
     return detached.t() if transposed else detached
 
 
-def _fake_quantize(weight: torch.Tensor, scheme: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_weight(weight: torch.Tensor, scheme: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     try:
-        made, kept = reference.fake(scheme_of(scheme).format, _matrix(weight, transposed), UNNAMED)
+        made, scales = reference.fake(scheme_of(scheme).format, _matrix(weight, transposed), UNNAMED)
     except WeightError as error:
         raise _named(error, weight) from error
-    return (made.t().contiguous(), kept.t().contiguous()) if transposed else (made, kept)
+    return (made.t().contiguous() if transposed else made), scales
 
 
 UNNAMED = "a weight in quantization-aware training"
@@ -77,7 +76,7 @@ def _trained_rows(weight: torch.Tensor, indices: torch.Tensor, scheme: str) -> t
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("fake_quantize", _fake_quantize, _device)
+    _library.impl("fake_weight", _fake_weight, _device)
     _library.impl("fake_activations", _fake_activations, _device)
     _library.impl("trained_linear", _trained_linear, _device)
     _library.impl("trained_rows", _trained_rows, _device)
@@ -97,9 +96,11 @@ _library.impl("trained_linear", _under_autocast("cpu"), "AutocastCPU")
 _library.impl("trained_linear", _under_autocast("cuda"), "AutocastCUDA")
 
 
-@torch.library.register_fake("qcompile::fake_quantize")
-def _fake_quantize_fake(weight: torch.Tensor, scheme: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return weight.new_empty(weight.shape), weight.new_empty(weight.shape, dtype=torch.bool)
+@torch.library.register_fake("qcompile::fake_weight")
+def _fake_weight_fake(weight: torch.Tensor, scheme: str, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    n, k = reversed(weight.shape) if transposed else weight.shape
+    shape = reference.scales_shape(scheme_of(scheme).format, n, k)
+    return weight.new_empty(weight.shape), weight.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("qcompile::fake_activations")
@@ -119,13 +120,17 @@ def _trained_rows_fake(weight: torch.Tensor, indices: torch.Tensor, scheme: str)
     return weight.new_empty((*indices.shape, weight.shape[1]))
 
 
-def _save_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(output[1])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, ctx.scheme, ctx.transposed = inputs
+    ctx.save_for_backward(weight, *output)
 
 
 def _weight_backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:
-    (kept,) = ctx.saved_tensors
-    return torch.where(kept, grad, 0.0), None, None
+    """Plain PyTorch, which Inductor fuses into the backward."""
+    weight, made, scales = ctx.saved_tensors
+    grad, weight, made = (t.t() if ctx.transposed else t for t in (grad, weight, made))
+    found = surrogate.gradient(scheme_of(ctx.scheme).format, grad, weight, made, scales)
+    return (found.t() if ctx.transposed else found), None, None
 
 
 def _pass_through(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -133,10 +138,10 @@ def _pass_through(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
     return grad, None
 
 
-torch.library.register_autograd("qcompile::fake_quantize", _weight_backward, setup_context=_save_mask)
+torch.library.register_autograd("qcompile::fake_weight", _weight_backward, setup_context=_save)
 torch.library.register_autograd("qcompile::fake_activations", _pass_through)
 
-fake_quantize = torch.ops.qcompile.fake_quantize.default
+fake_weight = torch.ops.qcompile.fake_weight.default
 fake_activations = torch.ops.qcompile.fake_activations.default
 trained_linear = torch.ops.qcompile.trained_linear.default
 trained_rows = torch.ops.qcompile.trained_rows.default

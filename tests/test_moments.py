@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from qcompile.codegen import cpp_moments
-from qcompile.formats import REGISTRY, FormatSpec, moments
+from qcompile.formats import REGISTRY, FormatSpec, get, moments
+from qcompile.formats.algebra import zero_points
 from qcompile.formats.moments import Rounding, total
-from qcompile.formats.search import has_search
+from qcompile.formats.search import fit, has_search, whole_tensor
 
 SEARCHED = sorted((s for s in REGISTRY.values() if has_search(s)), key=lambda s: s.name)
 
@@ -37,6 +38,31 @@ def test_native_sums_have_the_bits_of_pytorchs(spec: FormatSpec, weighted: bool,
         monkeypatch.setattr(cpp_moments, "SMALL", 0)
         got = cpp_moments.moments(rounding, x, w, inverse, offsets if offset else None)
         assert got is not None and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("spec", [*SEARCHED, get("int4_sym_f32_g64"), get("int4_sym_f16_g128")], ids=lambda s: s.name)
+@pytest.mark.parametrize("size", [1e-7, 1.0, 3e4])
+def test_the_native_search_finds_the_bits_of_pytorchs(spec: FormatSpec, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among groups of zeros, of one sign, on a grid and with one weight, under scales that are subnormal or saturate."""
+    torch.manual_seed(0)
+    weight = torch.randn(37, 1024) * size
+    weight[3], weight[4], weight[5], weight[7, 5:] = 0, weight[4].abs(), -weight[5].abs(), 0
+    weight[6] = (weight[6] * 3 / size).round() * size
+    fixed = whole_tensor(spec, float(weight.min()), float(weight.max()))
+    monkeypatch.setattr(cpp_moments, "SMALL", 0)
+    asked: list[torch.Tensor] = []
+    original = cpp_moments.search
+    monkeypatch.setattr(cpp_moments, "search", lambda *a: asked.append(original(*a)) or asked[-1])
+    for importance in (None, torch.rand(1024)):
+        with monkeypatch.context() as patch:
+            found = fit(spec, weight, importance, fixed)
+            patch.setattr(moments, "_native", [])
+            want = fit(spec, weight, importance, fixed)
+        assert torch.equal(found.scale, want.scale)
+        assert found.offset is want.offset is None or torch.equal(found.offset, want.offset)  # type: ignore[arg-type]
+        assert all(torch.equal(found.entries[name], entry) for name, entry in want.entries.items())
+    in_python = zero_points(spec) is not None or spec.name in ("mxfp4", "nvfp4")
+    assert len(asked) == (0 if in_python else 2) and all(one is not None for one in asked)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7, 8, 37, 128])

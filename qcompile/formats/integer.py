@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -20,6 +21,13 @@ def asymmetric(bits: int, group: int) -> FormatSpec:
     """``scale * (q − 2^(bits−1)) + zero`` with bfloat16 scale and zero per group (bits + 32/group bits a weight)."""
     planes = (Plane("scale", "bf16", group), Plane("zero", "bf16", group), Plane("q", f"u{bits}"))
     return FormatSpec(f"int{bits}_g{group}", planes, value=factor * (q - 2 ** (bits - 1)) + zero)
+
+
+def ranged(bits: int, group: int) -> FormatSpec:
+    """:func:`asymmetric` with scales that follow from the range of a group at once: without a search, which may choose otherwise
+    after a step of training, they change as little as the weights do."""
+    made = asymmetric(bits, group)
+    return dataclasses.replace(made, name=f"int{bits}_range_g{group}", shrinks=())
 
 
 def symmetric(bits: int, group: int, scale: str = "bf16", permuted: bool = False) -> FormatSpec:
@@ -54,6 +62,7 @@ SCALES = ("bf16", "f16", "f32")
 FAMILIES: tuple[tuple[str, Callable[..., FormatSpec]], ...] = (
     *((rf"int8{_tail(dtype, 'bf16')}_g(?P<group>\d+)", partial(int8, scale=dtype)) for dtype in SCALES),
     (r"int(?P<bits>[2-6])_g(?P<group>\d+)", asymmetric),
+    (r"int(?P<bits>[2-6])_range_g(?P<group>\d+)", ranged),
     *((rf"int(?P<bits>[2-7])_sym{_tail(dtype, 'bf16')}_g(?P<group>\d+){order}",
        partial(symmetric, scale=dtype, permuted=bool(order))) for dtype in SCALES for order in ("", "_order")),
     *((rf"int(?P<bits>[2-{'7' if wide else '8'}])_zp{wide}{_tail(dtype, 'f16')}_g(?P<group>\d+){order}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -39,14 +40,42 @@ class Rounding:
         return Rounding(low, high, linear[1] - round(linear[1])) if linear[0] == 1.0 else None
 
 
-Native = Callable[[Rounding, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None], Three | None]
+class Native(Protocol):
+    """What computes the same bits as PyTorch for tensors on CPUs, or gives None where it cannot."""
 
-_native: list[Native] = []
+    def moments(
+        self, rounding: Rounding, x: torch.Tensor, w: torch.Tensor | None, inverse: torch.Tensor, offset: torch.Tensor | None
+    ) -> Three | None:
+        """:func:`moments`."""
+
+    def search(
+        self, rounding: Rounding, x: torch.Tensor, w: torch.Tensor | None, sums: torch.Tensor, starts: torch.Tensor,
+        shares: torch.Tensor, planes: tuple[int, ...],
+    ) -> torch.Tensor | None:  # fmt: skip
+        """Scale and offset ``[2, groups]`` that :mod:`qcompile.formats.search` finds from ``starts`` ``[2, groups]``.
+
+        ``sums`` ``[3, groups]``: Σ w·x², Σ w·x and Σ w. ``shares`` ``[2, candidates]``: a candidate's scale is the start's times
+        the first, its offset the start's plus the start's scale times the second. ``planes``: how scale and offset are rounded
+        (numbers of :data:`FLOATS`, 0: not at all), whether there is an offset, its sign (0: either), and whether a scale may
+        have either sign.
+        """
 
 
-def use(native: Native) -> None:
-    """Has :func:`moments` ask ``native`` for tensors on CPUs; it gives the same bits, or None where it cannot."""
+FLOATS = {"f32": 1, "bf16": 2, "f16": 3}
+"""Numbers of the dtypes that native code rounds scales to."""
+
+_native: list[Callable[[], Native]] = []
+
+
+def use(native: Callable[[], Native]) -> None:
+    """Has :func:`moments` and the search ask what ``native`` returns."""
     _native[:] = [native]
+
+
+def native_for(spec: FormatSpec, x: torch.Tensor) -> tuple[Native, Rounding] | None:
+    """What computes for ``x``, and how it is to round; None: PyTorch."""
+    rounding = Rounding.of(spec) if _native and x.device.type == "cpu" else None
+    return (_native[0](), rounding) if rounding is not None else None
 
 
 def moments(
@@ -57,8 +86,8 @@ def moments(
     gen is the value of the code nearest to (x − ``offset``) · ``inverse``, both ``[candidates, groups]`` (offset None: 0), for
     float32 ``x [groups, group]``; ``w`` of the same shape, None: 1.
     """
-    rounding = Rounding.of(spec) if _native and x.device.type == "cpu" else None
-    found = _native[0](rounding, x, w, inverse, offset) if rounding is not None else None
+    native = native_for(spec, x)
+    found = native[0].moments(native[1], x, w, inverse, offset) if native is not None else None
     if found is not None:
         return found
     columns, weights = x.t().contiguous(), None if w is None else w.t().contiguous()

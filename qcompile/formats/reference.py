@@ -8,7 +8,7 @@ import torch
 
 from ..errors import FormatError, WeightError
 from .algebra import affine, torch_function
-from .codes import gen_values, nearest_code, reach
+from .codes import gen_values, nearest_code
 from .layout import by_plane, check_planes, matrix_shape, pack_plane, unpack_plane
 from .search import fit, inverted, whole_tensor
 from .spec import ALL, ROW, TILE_N, FormatSpec
@@ -206,22 +206,28 @@ def values_of(
 
 
 def fake(spec: FormatSpec, weight: torch.Tensor, layer: str = "weight") -> tuple[torch.Tensor, torch.Tensor]:
-    """``decode(quantize(weight))`` of a float ``[N, K]`` weight in its dtype, bit for bit, and the bool ``[N, K]`` mask of the
-    weights that the format does not cut off: those within half a step of the values that their group can have.
+    """``decode(quantize(weight))`` of a float ``[N, K]`` weight in its dtype, bit for bit, and the scales in it: float32
+    ``[1 or 2, N, groups]``, coeff and the offset where the format has one, from which :mod:`~qcompile.formats.surrogate`
+    has the gradient.
 
-    The mask is the derivative of the first in the clipped straight-through estimator (Bengio et al. 2013; Choi et al. 2018).
     No plane is packed. Rows are worked on in chunks. Raises :class:`WeightError` as :func:`quantize` does.
     """
     check_weight(weight, layer)
     (n, k), fixed = weight.shape, whole_tensor_entries(spec, weight, layer)
     made = torch.empty(n, k, dtype=weight.dtype, device=weight.device)
-    kept = torch.empty(n, k, dtype=torch.bool, device=weight.device)
+    scales = torch.empty(scales_shape(spec, n, k), device=weight.device)
     for start, chunk in chunks(spec, weight, layer, shared_rows(spec, weight, fixed)):
         rows, entries = slice(start, start + len(chunk)), entries_of(spec, chunk, None, fixed)
-        value, coeff, offset = values_of(spec, by_row(spec, entries))
+        value, *found = values_of(spec, by_row(spec, entries))
         made[rows] = value[:, :k]
-        kept[rows] = _within(spec, chunk, coeff, offset)
-    return made, kept
+        for whole, part in zip(scales, found, strict=False):
+            whole[rows] = part
+    return made, scales
+
+
+def scales_shape(spec: FormatSpec, n: int, k: int) -> tuple[int, int, int]:
+    """Shape of the scales that :func:`fake` returns of an N×K weight."""
+    return 1 + (affine(spec).offset != 0), n, spec.whole(k) // spec.period if spec.period else 1
 
 
 def by_row(spec: FormatSpec, entries: Entries) -> Entries:
@@ -229,24 +235,6 @@ def by_row(spec: FormatSpec, entries: Entries) -> Entries:
     n = len(entries[spec.code.name])
     shared = {p.name: entries[p.name].repeat_interleave(p.rows or n, 0)[:n] for p in spec.scales if p.rows != 1}
     return entries | shared
-
-
-def _within(spec: FormatSpec, weight: torch.Tensor, coeff: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
-    """Which of float32 ``[n, K]`` lie within half a step of the values of their group; all of a group whose coeff is 0."""
-    low, high = reach(spec)
-    a, b = coeff * low, coeff * high
-    ends = [torch.minimum(a, b), torch.maximum(a, b)]
-    if offset is not None:
-        ends = [end + offset for end in ends]
-    (n, k), group = weight.shape, spec.period or weight.shape[1]
-    least, most = (torch.where(coeff == 0, end, e) for end, e in zip((-torch.inf, torch.inf), ends, strict=True))
-    whole = k // group * group
-    kept = torch.empty(n, k, dtype=torch.bool, device=weight.device)
-    for columns, groups in ((slice(0, whole), slice(0, k // group)), (slice(whole, k), slice(k // group, -(-k // group)))):
-        wide = weight[:, columns].reshape(n, groups.stop - groups.start, -1 if groups.stop > groups.start else group)
-        inside = (wide >= least[:, groups, None]) & (wide <= most[:, groups, None])
-        kept[:, columns] = inside.view(n, -1)
-    return kept
 
 
 def in_place(spec: FormatSpec, stored: torch.Tensor, planes: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .algebra import affine, finite_range, gen_table, levels_of
-from .moments import Three, moments
+from .moments import FLOATS, Three, moments, native_for
 from .spec import ALL, ROW, FormatSpec
 from .storage import Entries, Storage, largest
 
@@ -147,15 +147,24 @@ def _search(
         starts = _whole_steps(xmin, xmax, low, high, offsets)
     if offsets is None and scales.either_sign and low != -high:
         starts = _signed(xmin, xmax, low if -low > high else high)
-    best = _rounded(scales, offsets, *starts)
     if not shrinks:
-        return best
+        return _rounded(scales, offsets, *starts)
     fitting = _Fitting(spec, x, w, _Sums.of(x, w), scales, offsets, sign)
-    least = fitting.error(*(one[None] for one in best))[0]
     # The least weight keeps its code; the other end moves.
-    hold = low if offsets is not None else 0.0
-    factors = x.new_tensor(shrinks)[:, None]
-    tries = starts[0] * factors, starts[1] + starts[0] * ((1 - factors) * hold)
+    factors = x.new_tensor(shrinks)
+    shares = torch.stack([factors, (1 - factors) * (low if offsets is not None else 0.0)])
+    found = fitting.natively(starts, shares)
+    return found if found is not None else _best(fitting, starts, shares)
+
+
+def _best(
+    fitting: _Fitting, starts: tuple[torch.Tensor, torch.Tensor], shares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best of the range as it is, what least squares make of it under each share, and of the best of these."""
+    scales, offsets = fitting.scales, fitting.offsets
+    best = _rounded(scales, offsets, *starts)
+    least = fitting.error(*(one[None] for one in best))[0]
+    tries = starts[0] * shares[0, :, None], starts[1] + starts[0] * shares[1, :, None]
     # A candidate is rounded first, so that its codes are those of what is stored; in the end once more from the best.
     for candidates in (_rounded(scales, offsets, *tries), None):
         at = candidates if candidates is not None else (best[0][None], best[1][None])
@@ -244,6 +253,20 @@ class _Fitting:
                 o = s * t
         s, o = _rounded(self.scales, self.offsets, s, o)
         return (s, o), self._error(s, o, b, c, a)
+
+    def natively(
+        self, starts: tuple[torch.Tensor, torch.Tensor], shares: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What :func:`_best` finds, in one pass over memory where C++ knows how scale and offset are stored; else None."""
+        both = self.scales.rounds_to, self.offsets.rounds_to if self.offsets is not None else ""
+        stepped = self.offsets is not None and self.offsets.steps is not None
+        if None in both or stepped or (native := native_for(self.spec, self.x)) is None:
+            return None
+        kinds = [FLOATS[k] if k else 0 for k in both]
+        planes = (*kinds, int(self.offsets is not None), self.sign, int(self.scales.either_sign))
+        sums = torch.stack([torch.as_tensor(s).expand(len(self.x)) for s in (self.sums.square, self.sums.first, self.sums.total)])
+        found = native[0].search(native[1], self.x, self.w, sums, torch.stack(starts), shares, planes)
+        return (found[0], found[1]) if found is not None else None
 
     def _moments(self, scale: torch.Tensor, offset: torch.Tensor) -> Three:
         return moments(self.spec, self.x, self.w, inverted(scale), offset if self.offsets is not None else None)

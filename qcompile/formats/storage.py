@@ -38,15 +38,25 @@ class Storage:
 
     def rounded(self, value: torch.Tensor) -> torch.Tensor:
         """``value`` ``[n·groups]`` as it would be read back, if exactly one plane is still open and each group has an entry."""
-        if len(self.open) != 1 or self._block(self.open[0].plane) != (1, 1) or any(
-            level.plane.name in self.entries and level.plane.rows != ALL for level in self.product.levels
-        ):
+        if not self._alone():
             return value
         known = self.product.number
         for level in self.product.levels:
             if level.plane.name in self.entries:
                 known = known * float(self._value(level, self.entries[level.plane.name]))
         return self._value(self.open[0], self._entry(self.open[0], value / known)) * known
+
+    def _alone(self) -> bool:
+        known = (level.plane for level in self.product.levels if level.plane.name in self.entries)
+        return len(self.open) == 1 and self._block(self.open[0].plane) == (1, 1) and all(p.rows == ALL for p in known)
+
+    @property
+    def rounds_to(self) -> str | None:
+        """What :meth:`rounded` amounts to: dtype of a float plane, "" if it changes nothing, None: more than that."""
+        if not self._alone():
+            return ""
+        level = self.open[0]
+        return level.plane.dtype if level.table is None and self.product == Product(1.0, (level,)) else None
 
     def store(self, ideal: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Factors ``ideal`` ``[n, groups]`` into entries, coarsest plane first; returns what they stand for."""
