@@ -117,7 +117,7 @@ def _fake(parameter: QuantizedTensor, mode: FakeTensorMode) -> QuantizedTensor:
 
 
 def _parts(name: str) -> Mapping[str, Any]:
-    return {"graph": name, "code": code_version("qcompile.passes", "qcompile.formats"), "torch": torch.__version__}
+    return {"graph": name, "code": code_version("qcompile", "qcompile.passes"), "torch": torch.__version__}
 
 
 def _packed(conversions: Sequence[Conversion]) -> list[Conversion] | None:

@@ -43,8 +43,8 @@ def install() -> None:
 
 
 def keyed(gm: torch.fx.GraphModule | None = None) -> AbstractContextManager[None]:
-    """While Inductor compiles ``gm``: its caches keep what was compiled by other versions of this lowering apart, and what
-    was compiled for modules of other names, which are written into the code for profilers."""
+    """While Inductor compiles ``gm``: its caches keep what was compiled by other versions of qcompile apart, and what was
+    compiled for modules of other names, which are written into the code for profilers."""
     config: Any = torch.compiler.config
     names = "\n".join(map(module_name, gm.graph.nodes)) if gm is not None else ""
     tag = f"{config.cache_key_tag}qcompile {_version()} {hashlib.sha256(names.encode()).hexdigest()[:16]}"
@@ -54,8 +54,13 @@ def keyed(gm: torch.fx.GraphModule | None = None) -> AbstractContextManager[None
 
 @functools.cache
 def _version() -> str:
-    texts = (Path(__file__).read_text(), Path(aoti.__file__).read_text(), cpp_call.source())
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+    """Of all that decides how a graph is traced and lowered: what operators and tensors do, gradients, the C++ of calls."""
+    here = Path(__file__).parent
+    files = sorted([*here.glob("*.py"), *(here / "formats").glob("*.py")])
+    digest = hashlib.sha256(cpp_call.source().encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def linear_function(key: str) -> int:
