@@ -35,19 +35,23 @@ Node = Any
 
 
 def install() -> None:
-    """Registers the lowering with Inductor, once in a process."""
+    """Registers the lowering with Inductor, whose caches keep apart from then on what other versions of qcompile compiled: also
+    for packed weights under another backend, and in backwards, which are compiled later. Once in a process."""
     lowered: dict[Any, Any] = {ops.linear: _linear, ops.grouped_linear: _grouped, ops.rows: aoti.rows, ops.decode: aoti.decode}
     for operator, function in lowered.items():
         if operator not in lowering.lowerings:
             lowering.register_lowering(operator, type_promotion_kind=None)(function)
+    config: Any = torch.compiler.config
+    if (version := f"qcompile {_version()}") not in config.cache_key_tag:
+        config.cache_key_tag = f"{config.cache_key_tag} {version}".strip()
 
 
 def keyed(gm: torch.fx.GraphModule | None = None) -> AbstractContextManager[None]:
-    """While Inductor compiles ``gm``: its caches keep what was compiled by other versions of qcompile apart, and what was
-    compiled for modules of other names, which are written into the code for profilers."""
+    """While Inductor compiles ``gm``, after :func:`install`: its caches keep apart what was compiled for modules of other names,
+    which are written into the code for profilers."""
     config: Any = torch.compiler.config
     names = "\n".join(map(module_name, gm.graph.nodes)) if gm is not None else ""
-    tag = f"{config.cache_key_tag}qcompile {_version()} {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+    tag = f"{config.cache_key_tag} {hashlib.sha256(names.encode()).hexdigest()[:16]}"
     tagged: AbstractContextManager[None] = config.patch(cache_key_tag=tag)
     return tagged
 

@@ -41,7 +41,7 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     CpuKernels(Scheme(SPEC))
     kernels = TritonKernels(Scheme(SPEC))
     kernels.note_spills(kernels.variant(64, torch.bfloat16, Target("cuda", "90")), 90)
-    parts = {"root": "R", "module": "", "frame": "f", "policy": "p", "formats": {}, "layer": "a", "scheme": Scheme(SPEC).key}
+    parts = {"graph": "0123456789abcdef", "formats": {}, "layer": "a", "scheme": Scheme(SPEC).key}
     for kind, content in (("plan", True), ("calibration", ["a"]), ("sensitivity", 0.25)):
         with the_store().making(kind, parts) as slot:
             slot.put(lambda folder, k=kind, c=content: (folder / FILES[k][0]).write_text(json.dumps(c)))  # type: ignore[misc]
@@ -63,7 +63,8 @@ def kinds(store: Store) -> list[str]:
 
 def test_the_commands(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = call("list")
-    assert "float32 32×64 as int8, gptq" in text and "cpp: int8" in text and "R  f: p" in text and "GPTQ of 0 weights" in text
+    assert "float32 32×64 as int8, gptq" in text and "cpp: int8" in text and "GPTQ of 0 weights" in text
+    assert "graph 0123456789ab: the same over packed weights" in text
     assert "int8 spills on sm_90: 64 rows" in text and "triton: int8" in text
     assert str(the_store().root) in call("info") and "of 50.0 GB" in call("info")
     number = len(kinds(the_store()))

@@ -197,9 +197,17 @@ def test_the_c_function_refuses_what_it_cannot_call() -> None:
 
 
 def test_caches_of_other_versions_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    with inductor.keyed():
-        first = torch.compiler.config.cache_key_tag
+    def installed() -> str:
+        with torch.compiler.config.patch(cache_key_tag="mine"):
+            inductor.install()
+            inductor.install()
+            tag: str = torch.compiler.config.cache_key_tag
+            with inductor.keyed():
+                assert torch.compiler.config.cache_key_tag.startswith(f"{tag} ")
+            assert torch.compiler.config.cache_key_tag == tag
+        return tag
+
+    first = installed()
+    assert first.startswith("mine qcompile ") and first.count("qcompile") == 1
     monkeypatch.setattr(inductor, "_version", lambda: "another")
-    with inductor.keyed():
-        assert torch.compiler.config.cache_key_tag not in (first, "")
-    assert torch.compiler.config.cache_key_tag == ""
+    assert installed() == "mine qcompile another" != first
