@@ -56,10 +56,11 @@ def exchange_guards(gm: torch.fx.GraphModule, inputs: Sequence[Any], parameters:
     placeholders = gm.graph.find_nodes(op="placeholder")
     new = {getattr(node, "_dynamo_source", None): parameters[id(value)]
            for node, value in zip(placeholders, inputs, strict=True) if id(value) in parameters}  # fmt: skip
-    guards = [g for g in context.guards_context.dynamo_guards if _belongs(g.originating_source, set(new))]
-    found = [(g, new[g.originating_source]) for g in guards if _matches_tensor(g) and g.originating_source in new]
+    sources = set(new)
+    guards = [g for g in context.guards_context.dynamo_guards if _belongs(g.originating_source, sources)]
+    found = [(g, new[g.originating_source]) for g in guards if _matches_tensor(g) and g.originating_source in sources]
     others = {g.create_fn_name() for g in guards} - {"TENSOR_MATCH", "DUPLICATE_INPUT"}
-    if None in new or len(found) != len(new) or others:
+    if None in sources or len(found) != len(new) or others:
         return False
     for guard, parameter in found:
         guard.create_fn = functools.partial(guard.create_fn.func, value=TensorWeakRef(parameter))  # type: ignore[attr-defined]

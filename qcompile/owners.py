@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,13 +94,8 @@ def _is_compile_wrapper(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule)
 
 
-def _modules_alive() -> list[nn.Module]:
-    classes, waiting = {nn.Module}, [nn.Module]
-    while waiting:
-        below = set(type.__subclasses__(waiting.pop())) - classes
-        classes |= below
-        waiting += below
-    return [o for o in gc.get_objects() if type(o) in classes and "_parameters" in o.__dict__]
+def _modules_alive() -> Iterator[nn.Module]:
+    return (o for o in gc.get_objects() if issubclass(type(o), nn.Module) and "_parameters" in o.__dict__)
 
 
 def find(root: nn.Module, path: str) -> nn.Module | None:
