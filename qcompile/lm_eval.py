@@ -1,8 +1,8 @@
 """lm-evaluation-harness over packed models.
 
 ``python -m qcompile.lm_eval run --model qcompile --model_args pretrained=…,policy=int4 --tasks …`` is lm_eval's own command,
-which then knows the model ``qcompile``: importing this module registers it. lm_eval must be installed (``pip install lm_eval``);
-:class:`QCompileLM` is what its ``simple_evaluate(model=…)`` takes.
+which then knows the model ``qcompile``: importing this module registers it. lm_eval must be installed
+(``pip install "lm_eval[hf]"``); :class:`QCompileLM` is what its ``simple_evaluate(model=…)`` takes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    raise ImportError(f"qcompile.lm_eval needs lm-evaluation-harness: pip install lm_eval ({error})") from error
+    raise ImportError(f"qcompile.lm_eval needs lm-evaluation-harness: pip install 'lm_eval[hf]' ({error})") from error
 
 
 @register_model("qcompile")

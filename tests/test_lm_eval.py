@@ -14,7 +14,6 @@ import qcompile
 from qcompile.errors import PolicyError
 from qcompile.tensor import QuantizedTensor
 
-pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install lm_eval)")
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "one_thread")
 
 
