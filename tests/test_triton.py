@@ -250,8 +250,9 @@ def test_each_gpu_gets_the_text_that_it_can_run() -> None:
     assert "byte_perm" not in Other(scheme("nf4")).source and "libdevice" not in Other(scheme("nf4")).source
 
 
-def test_a_product_that_spills_takes_a_smaller_tile() -> None:
-    """Until it fits: half the rows, then half the weights. Kernels that fit stay."""
+def test_a_product_that_spills_takes_a_smaller_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it fits: half the rows, then half the weights. Kernels that fit stay, and the next process begins with them."""
+    monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path))
     launched: list[tuple[int, int]] = []
 
     class Spilling(TritonKernels):
@@ -265,11 +266,14 @@ def test_a_product_that_spills_takes_a_smaller_tile() -> None:
 
             return collections.defaultdict(lambda: lambda *_, **options: launch(**options))
 
-    kernels, spec = Spilling(scheme("int4_g128")), get("int4_g128")
+    spec, x = get("int4_g128"), torch.empty(64, 256, dtype=torch.bfloat16, device="meta")
     planes = [torch.empty(spec.part_shape(p, 4096, 256), dtype=p.dtype, device="meta") for p in spec.parts]
+    kernels = Spilling(scheme("int4_g128"))
     for _ in range(6):
-        kernels.linear(torch.empty(64, 256, dtype=torch.bfloat16, device="meta"), planes, None, 4096)
+        kernels.linear(x, planes, None, 4096)
     assert launched == [(64, 8), (32, 8), (16, 8)] + 3 * [(16, 4)]
+    Spilling(scheme("int4_g128")).linear(x, planes, None, 4096)
+    assert launched[6:] == [(16, 4)]
     assert tiles.smaller(tiles.Tile("dot", 2, 16, 4, 4)) is None
 
 
