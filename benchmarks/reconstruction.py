@@ -29,7 +29,7 @@ from .calibration import DecoderLoss, packed, samples, training
 SAMPLES = 64
 """Windows of training text that both look at."""
 
-CASES = (("gptq", 4, False), ("gptq", 3, False), ("awq", 4, False))
+CASES = (("gptq", 4, False), ("gptq", 3, False), ("awq", 4, False), ("awq", 3, False))
 """Method, bits and whether zero points stay in the middle; groups of 128."""
 
 PEER = """
@@ -84,16 +84,69 @@ def errors(floats: nn.Module, model: nn.Module, inputs: Mapping[str, torch.Tenso
     return found
 
 
+HALVES = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
+"""The norm and the module behind it, of both halves of a decoder layer."""
+
+Given = tuple[torch.Tensor, dict[str, Any]]
+
+
+def halves_of(model: Any, data: Sequence[dict[str, Any]]) -> dict[tuple[int, str, str], list[Given]]:
+    """What the halves of all decoder layers are given in the float model: the input of the norm, the settings of the module."""
+    found: dict[tuple[int, str, str], list[Given]] = {}
+
+    def watch(key: tuple[int, str, str], norm: nn.Module, module: nn.Module) -> list[Any]:
+        seen: list[torch.Tensor] = []
+
+        def given(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            settings = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            found.setdefault(key, []).append((seen.pop(), settings))
+
+        return [norm.register_forward_pre_hook(lambda _, x: seen.append(x[0])),
+                module.register_forward_pre_hook(given, with_kwargs=True)]  # fmt: skip
+
+    hooks = [hook for i, layer in enumerate(model.model.layers) for norm, module in HALVES
+             for hook in watch((i, norm, module), getattr(layer, norm), getattr(layer, module))]  # fmt: skip
+    for item in data:
+        model(**item)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def half_errors(floats: Any, model: Any, given: Mapping[tuple[int, str, str], Sequence[Given]]) -> list[float]:
+    """‖ŷ − y‖ / ‖y‖ of the output y of each half of a layer, on the float model's own inputs: also where factors were folded
+    into the norm, or into the layers between."""
+
+    def output(layer: nn.Module, norm: str, module: str, x: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+        out = getattr(layer, module)(getattr(layer, norm)(x), **settings)
+        return out[0] if isinstance(out, tuple) else out
+
+    found = []
+    for (i, *names), inputs in given.items():
+        wanted = torch.cat([output(floats.model.layers[i], *names, *each) for each in inputs])
+        got = torch.cat([output(model.model.layers[i], *names, *each) for each in inputs])
+        found.append(float((got - wanted).norm() / wanted.norm()))
+    return found
+
+
+def compared(what: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Means of both, and the mean and the worst of their ratios."""
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    return {f"{what} errors": len(ratios), f"{what} error peer": statistics.mean(theirs),
+            f"{what} error ours": statistics.mean(ours), f"worst {what} ratio": max(ratios),
+            f"{what} ratio": math.exp(statistics.mean(map(math.log, ratios)))}  # fmt: skip
+
+
 @torch.no_grad()
 def run() -> list[dict[str, Any]]:
     """A row a case: perplexity and KL divergence from the float model by gptqmodel (``peer``) and by qcompile in the same format;
-    of GPTQ also the error of layers' outputs, ours over theirs. (AWQ's of the peer are of other weights: it folds factors into
-    the layers before.)"""
+    errors of the outputs of both halves of each decoder layer, and of GPTQ also of single layers. (Single layers of the peer's
+    AWQ cannot be compared: it folds factors into the layers before.)"""
     if importlib.util.find_spec("gptqmodel") is None:
         return [{"missing": "gptqmodel is not installed"}]
     model, tokenizer, text = training.trained_decoder()
     data = samples(tokenizer, SAMPLES)
-    loss, inputs = DecoderLoss(model, training.encode(tokenizer, [text])), inputs_of(model, data)
+    loss, inputs, halves = DecoderLoss(model, training.encode(tokenizer, [text])), inputs_of(model, data), halves_of(model, data)
     rows = []
     for case in CASES:
         method, bits, symmetric = case
@@ -105,11 +158,9 @@ def run() -> list[dict[str, Any]]:
         for name, each in (("nearest", nearest), ("peer", theirs), ("ours", ours)):
             lost = loss(each)
             row[name], row[f"KL {name}"] = loss.perplexity + lost["perplexity"], lost["KL"]
+        row |= compared("half", half_errors(model, ours, halves), half_errors(model, theirs, halves))
         if method == "gptq":
             mine, peers = errors(model, ours, inputs), errors(model, theirs, inputs)
-            ratios = [mine[name] / peers[name] for name in peers]
-            row |= {"layers": len(ratios), "error peer": statistics.mean(peers.values()),
-                    "error ours": statistics.mean(mine[n] for n in peers), "worst ratio": max(ratios),
-                    "error ratio": math.exp(statistics.mean(map(math.log, ratios)))}  # fmt: skip
+            row |= compared("layer", [mine[name] for name in peers], list(peers.values()))
         rows.append(row)
     return rows
