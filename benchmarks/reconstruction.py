@@ -29,7 +29,7 @@ from .calibration import DecoderLoss, packed, samples, training
 SAMPLES = 64
 """Windows of training text that both look at."""
 
-CASES = (("gptq", 4, False), ("gptq", 3, False), ("awq", 4, False), ("awq", 3, False))
+CASES = (("gptq", 4, False), ("gptq", 3, False), ("awq", 4, False))
 """Method, bits and whether zero points stay in the middle; groups of 128."""
 
 PEER = """
