@@ -32,10 +32,7 @@ NAME = "qcompile"
 
 
 class PackedLayer(CacheLayerMixin):
-    """A cache layer whose keys and values are stored packed in ``packed``.
-
-    Layers with a sliding window keep every token and grow as they fill; attention applies the window.
-    """
+    """A cache layer whose keys and values are stored packed in ``packed``."""
 
     packed: KVCache
 
@@ -56,10 +53,11 @@ class PackedLayer(CacheLayerMixin):
         return self.packed.keys[0].shape[0] if self.packed.keys else -1
 
     def get_seq_length(self) -> Any:
-        return self.packed.length
+        return self.packed.dropped + self.packed.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
-        return self.packed.length + query_length, 0
+        drop = self.packed.to_drop(query_length)
+        return self.packed.length - drop + query_length, self.packed.dropped + drop
 
     def get_max_length(self) -> int:
         return -1
@@ -92,11 +90,17 @@ class PackedLayer(CacheLayerMixin):
 
 
 class PackedDynamicLayer(PackedLayer, DynamicLayer):
-    """Grows as it fills. ``formats`` as :func:`qcompile.kv_cache.formats_of` takes them."""
+    """Grows as it fills, up to a window and a half of a layer with a sliding ``window`` (0: none). ``formats`` as
+    :func:`qcompile.kv_cache.formats_of` takes them."""
 
-    def __init__(self, formats: object = "fp8") -> None:
+    def __init__(self, formats: object = "fp8", window: int = 0) -> None:
         CacheLayerMixin.__init__(self)
-        self.packed = KVCache(formats)
+        self.packed = KVCache(formats, window=window)
+        self.is_sliding = window > 0
+
+    def activate_past_recording(self) -> None:
+        """Whatever comes from now on may be cropped."""
+        self.packed.revocable = True
 
 
 class PackedStaticLayer(PackedLayer, StaticLayer):
@@ -121,25 +125,31 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
 
 
 def packed_(cache: Cache, formats: object) -> Cache:
-    """``cache`` with packed layers in place of its attention layers, what they hold quantized; layers of other kinds stay.
-
-    Raises :class:`OptionError` for a layer with a sliding window that has dropped tokens already.
-    """
+    """``cache`` with packed layers in place of its attention layers, what they hold quantized; layers of other kinds stay. Those
+    with a sliding window drop what is behind it, static ones too, as they go on."""
     inner = getattr(cache, "self_attention_cache", cache)
     if inner.layer_class_to_replicate is DynamicLayer:
         inner.layer_class_to_replicate = functools.partial(PackedDynamicLayer, formats)
     for i, layer in enumerate(inner.layers):
         kind = type(layer)
-        if kind not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
-            continue
-        static = kind is StaticLayer
-        packed = PackedStaticLayer(layer.max_cache_len, formats) if static else PackedDynamicLayer(formats)
-        if layer.is_initialized and (length := int(layer.get_seq_length())):
-            if layer.keys.shape[-2] < length:
-                raise OptionError(f"kv_cache: layer {i} of the cache has dropped tokens behind its window; pass an empty cache")
-            packed.update(layer.keys[:, :, :length], layer.values[:, :, :length])
-        inner.layers[i] = packed
+        if kind in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer):
+            inner.layers[i] = _packed_layer(layer, formats)
     return cache
+
+
+def _packed_layer(layer: Any, formats: object) -> PackedLayer:
+    if type(layer) is StaticLayer:
+        packed: PackedLayer = PackedStaticLayer(layer.max_cache_len, formats)
+    else:
+        static = isinstance(layer, StaticSlidingWindowLayer)  # its memory is the window
+        packed = PackedDynamicLayer(formats, layer.max_cache_len if static else getattr(layer, "sliding_window", 0))
+    if getattr(layer, "record_past", False):
+        packed.packed.revocable = True
+    if layer.is_initialized and (length := int(layer.get_seq_length())):
+        held = min(length, layer.keys.shape[-2])
+        packed.update(layer.keys[:, :, :held], layer.values[:, :, :held])
+        packed.packed.dropped = length - held
+    return packed
 
 
 def attention(

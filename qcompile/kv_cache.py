@@ -73,12 +73,21 @@ class KVCache:
 
     ``formats``: as :func:`formats_of` takes them. ``capacity``: tokens to allocate at once; the position is then a tensor
     (``length``, int64, no dimensions) and graphs need no recompilation as it moves. None: the cache grows as it fills, and
-    ``length`` is an int. Memory is allocated by the first :meth:`append`, on the device of what it is given.
+    ``length`` is an int. ``window``: queries see no more than this many tokens up to their own (0: all), so a growing cache
+    forgets those before, in time: ``dropped`` counts them, ``length`` those that are held. Memory is allocated by the first
+    :meth:`append`, on the device of what it is given. Raises :class:`OptionError` for a window with a capacity.
     """
 
-    def __init__(self, formats: object = "fp8", capacity: int | None = None) -> None:
+    def __init__(self, formats: object = "fp8", capacity: int | None = None, window: int = 0) -> None:
+        if window and capacity is not None:
+            raise OptionError(f"KVCache: a cache with a capacity ({capacity}) holds every token; leave out window ({window}), "
+                              "which attend takes too")  # fmt: skip
         self.schemes = formats_of(formats)
-        self.capacity = capacity
+        self.capacity, self.window = capacity, window
+        self.dropped = 0
+        self.settled = 0
+        """Tokens held that no :meth:`crop` will take back; all of them unless ``revocable``."""
+        self.revocable = False
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.length: int | torch.Tensor = 0
@@ -116,12 +125,15 @@ class KVCache:
             held = f"{list(self.keys[0].shape[:2])} sequences and heads with values of {self.value_dim}"
             raise LayoutError(f"KV cache: holds {held}; found keys {list(k.shape)} and values {list(v.shape)}; use one cache for "
                               "each batch")  # fmt: skip
-        start = self.starts()
         if isinstance(self.length, torch.Tensor):
+            start = self.starts()
             self.length.add_(k.shape[2])
         else:
-            self._grow(self.length + k.shape[2])
+            self._make_room(k.shape[2])
+            start = self.starts()
             self.length = self.length + k.shape[2]
+            if not self.revocable:
+                self.settled = self.length
         ops.kv_write(self.keys, self.values, k, v, start, None, self.schemes[0].key, self.schemes[1].key)
 
     def starts(self) -> torch.Tensor:
@@ -138,9 +150,9 @@ class KVCache:
         """Attention of q ``[B, Hq, L, D]``, whose tokens are the last L that were appended: ``[B, Hq, L, Dv]`` in q's dtype.
 
         Hq is a multiple of the heads of the cache: query head h reads head ``h // (Hq // H)``. ``mask``: bool (True: seen) or
-        additive, broadcast to ``[B, Hq, L, T]``. ``causal``: no query sees tokens behind its own. ``window``: nor those
-        ``window`` and more before it. ``scale``: 1/√D if None. ``softcap`` c > 0: scores become c · tanh(score / c).
-        A query that sees no token gives zeros. Raises :class:`WeightError` for heads that do not divide.
+        additive, broadcast to ``[B, Hq, L, T]``, T the tokens held. ``causal``: no query sees tokens behind its own.
+        ``window``: nor those ``window`` and more before it. ``scale``: 1/√D if None. ``softcap`` c > 0: scores become
+        c · tanh(score / c). A query that sees no token gives zeros. Raises :class:`WeightError` for heads that do not divide.
         """
         if q.shape[1] % self.keys[0].shape[1]:
             raise WeightError(f"attention: {q.shape[1]} heads of queries over {self.keys[0].shape[1]} of keys; they must divide")
@@ -151,36 +163,57 @@ class KVCache:
                           self.schemes[1].key, causal, scale, softcap, window)  # fmt: skip
 
     def crop(self, tokens: int) -> None:
-        """Forgets the last ``tokens`` tokens. Raises :class:`LayoutError` when there are fewer (of a growing cache)."""
+        """Forgets the last ``tokens`` tokens. Raises :class:`LayoutError` when a growing cache holds fewer, or has dropped tokens
+        that come into the window again; ``revocable`` keeps it from that."""
         if isinstance(self.length, torch.Tensor):
             self.length.sub_(tokens)
             return
         if tokens > self.length:
             raise LayoutError(f"KV cache: cannot forget {tokens} tokens of {self.length}")
+        if self.dropped and self.length - tokens < self.window - 1:
+            held = f"of the {self.window - 1} before them, in the window of the next, {self.length - tokens} are held"
+            raise LayoutError(f"KV cache: cannot forget {tokens} tokens: {held}; set revocable before what is to be forgotten")
         self.length -= tokens
+        self.settled = self.length
 
     def clear(self) -> None:
         """Forgets everything; a cache with a capacity keeps its memory."""
         if isinstance(self.length, torch.Tensor):
             self.length.zero_()
         else:
-            self.keys, self.values, self.length = [], [], 0
+            self.keys, self.values = [], []
+            self.length = self.dropped = self.settled = 0
 
     def select(self, sequences: torch.Tensor) -> None:
         """The sequences of these numbers (int64, any of them several times) take the place of all."""
         self.keys = [p.index_select(0, sequences.to(p.device)) for p in self.keys]
         self.values = [p.index_select(0, sequences.to(p.device)) for p in self.values]
 
-    def _grow(self, tokens: int) -> None:
-        """Room for ``tokens``: half as many again as there was, so that copying costs a constant for each token."""
-        if tokens <= self.room:
+    def to_drop(self, tokens: int) -> int:
+        """How many tokens, whole tiles of them, the next :meth:`append` of ``tokens`` drops behind the window: none before
+        memory runs out, or before they are as many as the window's."""
+        if not self.window or isinstance(self.length, torch.Tensor) or not self.keys:
+            return 0
+        behind = (self.settled - self.window + 1) // 16 * 16
+        return behind if behind > 0 and (self.length + tokens > self.room or behind >= self.window) else 0
+
+    def _make_room(self, tokens: int) -> None:
+        """Room for ``tokens`` more: half as many again as there was, or a window and a half, so that copying costs a constant for
+        each token."""
+        drop = self.to_drop(tokens)
+        needed = self.length - drop + tokens
+        if not drop and needed <= self.room:
             return
-        more = -(-max(tokens, self.room + self.room // 2) // 16) - self.keys[0].shape[2]
-        self.keys, self.values = (_with_tiles(self.keys, more), _with_tiles(self.values, more))
+        room = needed + max(GROWTH, self.window // 2) if drop else max(needed, self.room + self.room // 2)
+        first, tiles = drop // 16, -(-room // 16)
+        self.keys, self.values = (_moved(self.keys, first, tiles), _moved(self.values, first, tiles))
+        self.length, self.dropped, self.settled = self.length - drop, self.dropped + drop, self.settled - drop
 
 
-def _with_tiles(planes: Sequence[torch.Tensor], more: int) -> list[torch.Tensor]:
-    return [torch.cat([p, p.new_zeros(*p.shape[:2], more, *p.shape[3:])], 2) for p in planes]
+def _moved(planes: Sequence[torch.Tensor], first: int, tiles: int) -> list[torch.Tensor]:
+    """``planes`` from tile ``first`` on, with memory for ``tiles`` in all."""
+    kept = [p[:, :, first : first + tiles] for p in planes]
+    return [torch.cat([p, p.new_zeros(*p.shape[:2], tiles - p.shape[2], *p.shape[3:])], 2) for p in kept]
 
 
 class PagedKVCache:

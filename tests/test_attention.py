@@ -9,7 +9,7 @@ import torch
 
 from qcompile import kv_cache, ops
 from qcompile.codegen.cpp_attention import CpuAttention, cpu_attention
-from qcompile.errors import FormatError, LayoutError
+from qcompile.errors import FormatError, LayoutError, OptionError
 from qcompile.formats import Scheme, get, register_scheme
 from qcompile.formats.layout import pages
 from qcompile.formats.reference import decode
@@ -222,6 +222,38 @@ def test_caches_that_grow_and_caches_with_a_capacity_agree() -> None:
     growing.clear()
     fixed.clear()
     assert growing.length == int(fixed.length) == 0 and growing.nbytes == 0
+
+
+def test_a_window_is_all_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Portions of any length: bit for bit as if all tokens were kept."""
+    monkeypatch.setattr(kv_cache, "GROWTH", 16)
+    whole, part = KVCache("fp8"), KVCache("fp8", window=40)
+    for length in (130, 1, 1, 17, *[1] * 90, 64, 3, *[7] * 20):
+        q, k, v = (torch.randn(2, heads, length, 32) for heads in (4, 2, 2))
+        expected = [(cache.append(k, v), cache.attend(q, window=40))[1] for cache in (whole, part)]
+        assert torch.equal(*expected)
+        assert part.dropped + part.length == whole.length and part.length >= min(whole.length, 40)
+        assert length > 100 or part.room <= 40 + 15 + length + 40 + 20 + 15
+    assert part.dropped > 300 and part.nbytes < whole.nbytes / 4
+
+
+def test_what_left_the_window_cannot_be_had_again() -> None:
+    """Unless what may be forgotten is said to be revocable; and not where every token is held."""
+    x = torch.randn(1, 1, 200, 32)
+    cache = KVCache("fp8", window=20)
+    cache.append(x, x)
+    cache.append(x[:, :, :60], x[:, :, :60])
+    with pytest.raises(LayoutError, match="of the 19 before them, in the window of the next, 11 are held; set revocable"):
+        cache.crop(int(cache.length) - 11)
+    cache.revocable = True
+    for _ in range(5):
+        cache.append(x, x)
+        cache.crop(199)
+    cache.append(x, x)
+    cache.crop(200)
+    assert cache.dropped + cache.length == 265
+    with pytest.raises(OptionError, match="leave out window"):
+        KVCache("fp8", capacity=64, window=20)
 
 
 def test_half_the_bytes() -> None:

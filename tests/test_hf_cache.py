@@ -108,6 +108,83 @@ def test_logits_are_those_of_the_float_cache(model: Any, static: bool) -> None:
     assert ((ours - theirs).norm(dim=-1) <= 0.02 * theirs.norm(dim=-1)).all()
 
 
+def mistral(window: int = 24) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)).eval()
+
+
+def room(cache: Any) -> list[int]:
+    return [layer.packed.room for layer in cache.layers]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_tokens_behind_a_window_are_dropped(static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of four windows, then more tokens: logits stay those of the model's own cache, memory that of a window or two."""
+    monkeypatch.setattr(kv_cache, "GROWTH", 32)
+    model = mistral()
+    ids = torch.randint(1, 96, (2, 230), generator=torch.Generator().manual_seed(3))
+    seen = torch.ones(2, 230, dtype=torch.long)
+    seen[0, :5] = 0
+    steps = [(0, 100), *((i, i + 1) for i in range(100, 190)), (190, 201), (201, 229), (229, 230)]
+
+    def logits(model: Any, pack: bool) -> tuple[torch.Tensor, list[list[int]]]:
+        cache = StaticCache(config=model.config, max_cache_len=230) if static else DynamicCache(config=model.config)
+        cache = packed_(cache, "int8") if pack else cache
+        found, rooms = [], []
+        for a, b in steps:
+            found.append(model(ids[:, a:b], attention_mask=seen[:, :b], past_key_values=cache).logits)
+            assert cache.get_seq_length() == b
+            rooms += [room(cache)] if pack else []
+        return torch.cat(found, 1)[:, 5:], rooms
+
+    theirs, _ = logits(model, pack=False)
+    ours, rooms = logits(switch_(model, "int8"), pack=True)
+    assert ((ours - theirs).norm(dim=-1) <= 0.02 * theirs.norm(dim=-1)).all()
+    assert rooms[0] == [112, 112] and max(map(max, rooms[1:])) <= 24 + 16 + 28 + 32
+
+
+@torch.no_grad()
+def test_a_window_under_way_is_taken_over() -> None:
+    model, ids = mistral(), torch.randint(1, 96, (2, 60), generator=torch.Generator().manual_seed(3))
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    exact = copy.deepcopy(cache)
+    switch_(model, "int8")
+    packed_(cache, "int8")
+    assert cache.get_seq_length() == 60 and [layer.packed.length for layer in cache.layers] == [23, 23]
+    for token in ids[:, :9].split(1, 1):
+        ours, theirs = model(token, past_key_values=cache).logits, mistral()(token, past_key_values=exact).logits
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_dropping_needs_no_graph_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once memory has been moved a few times, no graph is made any more."""
+    monkeypatch.setattr(kv_cache, "GROWTH", 32)
+    model = switch_(MistralForCausalLM(MistralConfig(**SIZES | {"num_hidden_layers": 1}, sliding_window=24)).eval(), "fp8")
+    step = torch.compile(model, backend="qcompile", options={"policy": "float", "kv_cache": "fp8"})
+    cache = packed_(DynamicCache(config=model.config), "fp8")
+    model(prompt(), past_key_values=cache)
+    graphs = []
+    while cache.get_seq_length() < 400:
+        step(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[150] <= 8 and not counters["graph_break"], graphs
+
+
+def test_assisted_decoding_crops_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the window, where tokens are dropped only once they cannot be taken back."""
+    monkeypatch.setattr(kv_cache, "GROWTH", 32)
+    model, draft = switch_(mistral(), "int8"), llama(seed=1)
+    ids = prompt()[1:]
+    settings = SETTINGS | {"max_new_tokens": 90, "return_dict_in_generate": True}
+    alone = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assisted = model.generate(ids, attention_mask=torch.ones_like(ids), assistant_model=draft, **settings)
+    assert torch.equal(alone.sequences, assisted.sequences)
+    assert all(layer.packed.dropped for layer in assisted.past_key_values.layers) and max(room(assisted.past_key_values)) < 100
+
+
 def test_beams_reorder_packed_sequences() -> None:
     model = llama()
     out = generated(switch_(copy.deepcopy(model), "int8"), num_beams=3)
