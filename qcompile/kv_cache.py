@@ -129,7 +129,7 @@ class KVCache:
             start = self.starts()
             self.length.add_(k.shape[2])
         else:
-            self._make_room(k.shape[2])
+            self._make_room(self.length, k.shape[2])
             start = self.starts()
             self.length = self.length + k.shape[2]
             if not self.revocable:
@@ -197,17 +197,17 @@ class KVCache:
         behind = (self.settled - self.window + 1) // 16 * 16
         return behind if behind > 0 and (self.length + tokens > self.room or behind >= self.window) else 0
 
-    def _make_room(self, tokens: int) -> None:
-        """Room for ``tokens`` more: half as many again as there was, or a window and a half, so that copying costs a constant for
-        each token."""
+    def _make_room(self, held: int, tokens: int) -> None:
+        """Room for ``tokens`` behind those ``held``: half as many again as there was, or a window and a half, so that copying
+        costs a constant for each token."""
         drop = self.to_drop(tokens)
-        needed = self.length - drop + tokens
+        needed = held - drop + tokens
         if not drop and needed <= self.room:
             return
         room = needed + max(GROWTH, self.window // 2) if drop else max(needed, self.room + self.room // 2)
         first, tiles = drop // 16, -(-room // 16)
         self.keys, self.values = (_moved(self.keys, first, tiles), _moved(self.values, first, tiles))
-        self.length, self.dropped, self.settled = self.length - drop, self.dropped + drop, self.settled - drop
+        self.length, self.dropped, self.settled = held - drop, self.dropped + drop, self.settled - drop
 
 
 def _moved(planes: Sequence[torch.Tensor], first: int, tiles: int) -> list[torch.Tensor]:
