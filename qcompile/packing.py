@@ -12,7 +12,7 @@ import torch
 from blake3 import blake3
 
 from .errors import FingerprintError
-from .formats import Scheme, reference
+from .formats import Scheme, huge_pages, reference
 from .formats.layout import check_planes, empty_planes, matrix_shape
 from .formats.spec import FormatSpec
 from .store import code_version, count, the_store
@@ -161,4 +161,4 @@ def _placed(stored: torch.Tensor, device: torch.device, mapped: bool) -> torch.T
     """On ``device``. A copy out of the mapped file starts at a cache line, which kernels read fastest, and needs no file."""
     if device.type != "cpu":
         return stored.to(device)
-    return stored if mapped else stored.clone()
+    return stored if mapped else huge_pages.copy(stored)

@@ -13,7 +13,7 @@ import torch
 
 from . import ops
 from .errors import ShardError, UnsupportedOnTensorError
-from .formats import Scheme, find, reference, register_scheme, scheme_of
+from .formats import Scheme, find, huge_pages, reference, register_scheme, scheme_of
 from .formats.layout import check_planes, matrix_shape
 
 
@@ -66,7 +66,7 @@ class QuantizedTensor(torch.Tensor):
     def own_planes_(self) -> None:
         """Copies planes that are mapped from a file into memory of their own, which starts at a cache line."""
         for name in self.scheme.format.part_names:
-            setattr(self, f"_{name}", getattr(self, f"_{name}").clone())
+            setattr(self, f"_{name}", huge_pages.copy(getattr(self, f"_{name}")))
 
     def dequantize(self) -> torch.Tensor:  # type: ignore[override]
         """The float tensor of this shape and dtype that the planes stand for."""

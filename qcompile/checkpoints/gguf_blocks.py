@@ -16,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from .. import formats
 from ..errors import LayoutError, UnknownFormatError
-from ..formats.layout import by_plane, check_planes, pack_plane, unpack_plane
+from ..formats.layout import by_plane, check_planes, empty_parts, pack_plane, unpack_plane
 from ..formats.reference import CHUNK_ELEMENTS, tile_rows
 from ..formats.spec import TILE_N, FormatSpec, Plane
 
@@ -95,7 +95,7 @@ def from_blocks(type_name: str, data: torch.Tensor, n: int, k: int) -> list[torc
         raise LayoutError(
             f"{type_name}: a {n}×{k} weight is uint8 [{rows}, {width}], found {data.dtype} {list(data.shape)}"
         )
-    stored = [torch.empty(spec.part_shape(p, n, k), dtype=p.dtype, device=data.device) for p in spec.parts]
+    stored = empty_parts(spec, n, k, data.device)
     for start, count in _chunks(n, k):
         entries = _read(type_name, spec, data[start : start + count], k)
         parts = [part for p in spec.planes for part in pack_plane(spec, p, entries[p.name], count, k)]

@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from ..codegen.cpp_build import load_library
 from ..errors import CorruptCheckpointError, LayoutError
 from ..formats import FormatSpec, Plane, find
-from ..formats.layout import pack_plane
+from ..formats.layout import empty_parts, pack_plane
 from .gguf_blocks import BLOCKS, row_bytes
 
 
@@ -92,7 +92,7 @@ def repack_blocks(name: str, type_name: str, data: torch.Tensor, n: int, k: int)
                           f"{list(data.shape)}")  # fmt: skip
     data = data.contiguous()
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    stored = _empty(spec, n, k)
+    stored = empty_parts(spec, n, k, torch.device("cpu"))
     parts = _parts(spec, stored)
     entries = [block // p.per * p.entry_dtype.itemsize for p in spec.planes]
     runs = _runs(type_name)
@@ -148,7 +148,7 @@ def repack_codes(
     n, k = codes.n, codes.k
     if codes.bits > spec.code.bits:
         raise LayoutError(f"{spec.name}: codes of {codes.bits} bits")
-    stored = _empty(spec, n, k)
+    stored = empty_parts(spec, n, k, torch.device("cpu"))
     parts = _parts(spec, stored)
     code_parts = [p for p in parts if p.code]
     seen = torch.zeros(256, dtype=torch.uint8)
@@ -218,10 +218,6 @@ def _check_entries(spec: FormatSpec, plane: Plane, entries: torch.Tensor, n: int
     if entries.shape[0] != rows or entries.shape[1] < along or entries.dtype != plane.entry_dtype:
         raise LayoutError(f"plane {plane.name!r} of {spec.name} needs {plane.entry_dtype} [{rows}, {along}], found "
                           f"{entries.dtype} {list(entries.shape)}")  # fmt: skip
-
-
-def _empty(spec: FormatSpec, n: int, k: int) -> list[torch.Tensor]:
-    return [torch.empty(spec.part_shape(p, n, k), dtype=p.dtype) for p in spec.parts]
 
 
 def _parts(spec: FormatSpec, stored: list[torch.Tensor]) -> list[_Part]:

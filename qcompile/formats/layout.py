@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import LayoutError
+from . import huge_pages
 from .spec import ALL, ROW, TILE_N, FormatSpec, Part, Plane
 
 
@@ -147,13 +148,18 @@ def check_planes(spec: FormatSpec, planes: Sequence[torch.Tensor], n: int, k: in
                               f"{list(shape)}, found {tensor.dtype} {list(tensor.shape)}; quantize or load it again")  # fmt: skip
 
 
+def empty_parts(spec: FormatSpec, n: int, k: int, device: torch.device) -> list[torch.Tensor]:
+    """Those of the planes in parts, without the entries for columns."""
+    return [huge_pages.empty(spec.part_shape(part, n, k), part.dtype, device) for part in spec.parts]
+
+
 def empty_planes(spec: FormatSpec, n: int, k: int, device: torch.device) -> list[torch.Tensor]:
     """Stored tensors of an N×K weight, in spec order, whose values are not set."""
-    parts = [torch.empty(spec.part_shape(part, n, k), dtype=part.dtype, device=device) for part in spec.parts]
-    return parts + [torch.empty(k, dtype=dtype, device=device) for dtype in spec.columns.values()]
+    return empty_parts(spec, n, k, device) + [torch.empty(k, dtype=dtype, device=device) for dtype in spec.columns.values()]
 
 
 def pages(spec: FormatSpec, count: int, heads: int, tokens: int, dim: int, device: torch.device) -> list[torch.Tensor]:
     """Zeroed stored tensors ``[count, heads, *part_shape]`` of a KV cache: for each page and head, those of a weight whose
     rows are ``tokens`` tokens, rounded up to tiles of 16, of ``dim`` elements."""
-    return [torch.zeros(count, heads, *spec.part_shape(p, tokens, dim), dtype=p.dtype, device=device) for p in spec.parts]
+    shapes = [(count, heads, *spec.part_shape(p, tokens, dim)) for p in spec.parts]
+    return [huge_pages.empty(shape, p.dtype, device).zero_() for shape, p in zip(shapes, spec.parts, strict=True)]

@@ -9,7 +9,7 @@ import torch
 from ..errors import FormatError, WeightError
 from .algebra import affine, torch_function
 from .codes import gen_values, nearest_code
-from .layout import by_plane, check_planes, matrix_shape, pack_plane, unpack_plane
+from .layout import by_plane, check_planes, empty_parts, matrix_shape, pack_plane, unpack_plane
 from .search import fit, inverted, whole_tensor
 from .spec import ALL, ROW, TILE_N, FormatSpec
 from .storage import Entries
@@ -41,7 +41,7 @@ def quantize(
         _check_factors(spec, factors, k, layer)
         weight = weight.to(torch.float32) / factors
         importance = factors**2 if importance is None else importance * factors**2
-    stored = [torch.empty(spec.part_shape(p, n, k), dtype=p.dtype, device=weight.device) for p in spec.parts]
+    stored = empty_parts(spec, n, k, weight.device)
     fixed = whole_tensor_entries(spec, weight, layer)
     for start, chunk in chunks(spec, weight, layer, shared_rows(spec, weight, fixed)):
         entries = entries_of(spec, chunk, importance, fixed)
@@ -69,7 +69,7 @@ def _stacked(spec: FormatSpec, weight: torch.Tensor, layer: str) -> list[torch.T
     if spec.columns:
         raise FormatError(f"{layer}: {why_no_stack(spec)}; choose {spec.plain.name}")
     rows, k = matrix_shape(weight.shape)
-    stored = [torch.empty(spec.part_shape(p, rows, k), dtype=p.dtype, device=weight.device) for p in spec.parts]
+    stored = empty_parts(spec, rows, k, weight.device)
     for i, matrix in enumerate(weight):
         for whole, part in zip(stored, quantize(spec, matrix, f"{layer}[{i}]"), strict=True):
             whole[i * len(part) : (i + 1) * len(part)] = part
