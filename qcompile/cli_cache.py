@@ -131,6 +131,9 @@ def describe(entry: Entry) -> str:
     if entry.kind == "tile":
         tile = parts["variant"]["tile"]
         return f"{parts['scheme'].partition('@')[0]} spills on sm_{parts['arch']}: {tile['rows']} rows, {tile['tiles']} tiles"
+    if entry.kind == "product":
+        sizes = f"{parts['rows']} rows and more of {parts['dtype']} by {parts['n']}×{parts['k']}"
+        return f"times of {sizes} as {parts['scheme'].partition('@')[0]}"
     if entry.kind == "sensitivity":
         return f"loss by {parts['layer']} as {parts['scheme'].partition('@')[0]}"
     return f"GPTQ of {len(parts['formats'])} weights"

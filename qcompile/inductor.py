@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch._inductor.virtualized import V
 from . import aoti, ops
 from .codegen import cpp_call
 from .codegen.cpp import DTYPES
+from .codegen.cpp_many import FEWEST, Product
 from .formats import FormatSpec, register_scheme, scheme_of
 from .formats.spec import TILE_N
 from .names import module_name
@@ -70,6 +71,11 @@ def _version() -> str:
 def linear_function(key: str) -> int:
     """The address of ``qc_linear`` for a scheme key; generated code asks for it when it is loaded."""
     return aoti.kernels_of(key).address
+
+
+def linear_call(key: str) -> Callable[..., Any]:
+    """What takes the arguments of a product by weights of a scheme key, of any number of rows."""
+    return aoti.kernels_of(key).call
 
 
 def _linear(x: Node, planes: Sequence[Node], bias: Node | None, scheme: str, n: int) -> Node:
@@ -206,10 +212,12 @@ class PackedLinear(ir.ExternKernelOut):
             aoti.write_linear(wrapper, key, self.inputs[0], self.layers(), numbers)
             return
         function, sizes = _imported(wrapper, key, "linear"), map(wrapper.codegen_python_sizevar, numbers)
+        many = isinstance(linear_call(key), Product) and not V.graph.sizevars.statically_known_lt(numbers[1], FEWEST)
+        call = _call(wrapper, key, function) if many else "qcompile_linear"
         layers = [str(part) for y, bias, bias_dtype, n, planes in self.layers() for part in
                   (y, bias and aoti.start_of(bias), bias_dtype, n, *map(aoti.start_of, planes))]  # fmt: skip
         arguments = (function, aoti.start_of(self.inputs[0]), *sizes, str(len(self.get_outputs())), *layers, repr(name))
-        wrapper.writeline(f"qcompile_linear({', '.join(arguments)})")
+        wrapper.writeline(f"{call}({', '.join(arguments)})")
 
     def layers(self) -> Iterator[tuple[str | None, Node | None, int, int, list[Node]]]:
         """(name of the result, None if nobody reads it; bias; number of its dtype; N; planes) of each weight."""
@@ -270,6 +278,13 @@ def _imported(wrapper: Any, key: str, call: str) -> str:
     wrapper.add_import_once(f"qcompile_{call} = qcompile_caller().{call}")
     wrapper.add_import_once(f"{function} = qcompile_function({key!r})")
     return function
+
+
+def _call(wrapper: Any, key: str, function: str) -> str:
+    """Has generated code import what calls the kernel of a scheme for any number of rows; the name of that."""
+    wrapper.add_import_once("from qcompile.inductor import linear_call as qcompile_call")
+    wrapper.add_import_once(f"{function}_call = qcompile_call({key!r})")
+    return f"{function}_call"
 
 
 def profiled_name(key: str, nodes: Sequence[torch.fx.Node]) -> str:

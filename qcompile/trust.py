@@ -74,12 +74,12 @@ class Verified:
     def _tile(self, entry: Entry, folder: Path) -> bool:
         return _json(folder, "tile") == {"spills": True}
 
+    def _product(self, entry: Entry, folder: Path) -> bool:
+        times = _json(folder, "product")
+        return isinstance(times, dict) and times.keys() == {"ours", "other"} and all(map(_is_size, times.values()))
+
     def _sensitivity(self, entry: Entry, folder: Path) -> bool:
-        try:
-            loss = json.loads((folder / FILES["sensitivity"][0]).read_bytes())
-        except (ValueError, RecursionError):
-            return False
-        return isinstance(loss, float) and math.isfinite(loss) and loss >= 0
+        return _is_size(_json(folder, "sensitivity"))
 
     def _source(self, entry: Entry, folder: Path) -> bool:
         language, schemes = entry.parts.get("language"), entry.parts.get("schemes")
@@ -103,6 +103,11 @@ class Verified:
                 cpp_build.built(text, flags)
                 self.compiled += 1
         return False
+
+
+def _is_size(value: Any) -> bool:
+    """Whether ``value`` is a number that losses and times can be."""
+    return isinstance(value, float) and math.isfinite(value) and value >= 0
 
 
 def _json(folder: Path, kind: str) -> Any:

@@ -41,8 +41,10 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     CpuKernels(Scheme(SPEC))
     kernels = TritonKernels(Scheme(SPEC))
     kernels.note_spills(kernels.variant(64, torch.bfloat16, Target("cuda", "90")), 90)
-    parts = {"graph": "0123456789abcdef", "formats": {}, "layer": "a", "scheme": Scheme(SPEC).key}
-    for kind, content in (("plan", True), ("calibration", ["a"]), ("sensitivity", 0.25)):
+    parts = {"graph": "0123456789abcdef", "formats": {}, "layer": "a", "scheme": Scheme(SPEC).key, "rows": 32, "n": 1, "k": 1,
+             "dtype": "bfloat16"}  # fmt: skip
+    written = {"plan": True, "calibration": ["a"], "sensitivity": 0.25, "product": {"ours": 2.0, "other": 1.0}}
+    for kind, content in written.items():
         with the_store().making(kind, parts) as slot:
             slot.put(lambda folder, k=kind, c=content: (folder / FILES[k][0]).write_text(json.dumps(c)))  # type: ignore[misc]
     file = tmp_path / "bundle.tar"
@@ -65,6 +67,7 @@ def test_the_commands(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text = call("list")
     assert "float32 32×64 as int8, gptq" in text and "cpp: int8" in text and "GPTQ of 0 weights" in text
     assert "graph 0123456789ab: the same over packed weights" in text
+    assert "times of 32 rows and more of bfloat16 by 1×1 as int8" in text
     assert "int8 spills on sm_90: 64 rows" in text and "triton: int8" in text
     assert str(the_store().root) in call("info") and "of 50.0 GB" in call("info")
     number = len(kinds(the_store()))
@@ -88,7 +91,7 @@ def test_code_is_taken_only_where_it_is_what_this_installation_makes(full: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path / "two"))
     text = call("import", full)
-    assert "7 entries taken" in text and "libraries compiled" in text
+    assert "8 entries taken" in text and "libraries compiled" in text
     assert sorted(set(kinds(the_store()))) == sorted(FILES)
     COUNTS.clear()
     CpuKernels(Scheme(SPEC))
@@ -112,7 +115,8 @@ def test_changed_code_is_left_and_with_trust_it_is_taken(full: Path, tmp_path: P
 
 
 UNREADABLE = [("packed", b"no safetensors"), ("tile", b"[]"), ("plan", b'[["a", 1, false]]'), ("plan", b"[" * 10**5),
-              ("calibration", b'{"a": 1}'), *[("sensitivity", text) for text in (b"-1.0", b"NaN", b"[1]")]]  # fmt: skip
+              ("calibration", b'{"a": 1}'), ("product", b'{"ours": 2.0}'), ("product", b'{"ours": 2.0, "other": Infinity}'),
+              *[("sensitivity", text) for text in (b"-1.0", b"NaN", b"[1]")]]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind,content", UNREADABLE)

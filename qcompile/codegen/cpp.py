@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from ..formats.spec import ROW, TILE_N
 from .cpp_build import load_library
 from .cpp_call import caller
 from .cpp_format import format_struct
+from .cpp_many import Product, has_matrix_units
 from .cpp_scale import element_type
 from .kept import kept_source
 
@@ -74,7 +76,8 @@ QC_EXPORT const char* qc_variant(int64_t m, int dtype) {{
 
 class CpuKernels:
     """Compiled kernels of one :class:`Scheme`; ``isa`` is a key of :data:`.cpp_build.ISA_FLAGS`, ``address`` that of the
-    compiled ``qc_linear``, for :func:`.cpp_call.caller`.
+    compiled ``qc_linear``, for ``call``: the ``linear`` of :func:`.cpp_call.caller`, or where many rows may be faster in another
+    way, a :class:`.cpp_many.Product`.
 
     Raises :class:`FormatError` when the format cannot be printed and :class:`KernelBuildError` when the compiler fails.
     Calls release the interpreter lock and may run in several threads at once.
@@ -89,10 +92,12 @@ class CpuKernels:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         planes = (pointer,) * len(scheme.format.parts)
         self.address: int = ctypes.cast(library.qc_linear, pointer).value or 0
-        self._call, self._grouped, self._name = caller().linear, caller().grouped, f"qcompile::linear {scheme.label}"
+        self._grouped, self._name = caller().grouped, f"qcompile::linear {scheme.label}"
         self._decode = library.qc_decode
         self._decode.argtypes = [pointer, number, number, size, size, size, *planes]
         self._decode.restype = None
+        many = scheme.activations is None and any(map(has_matrix_units, DTYPES))
+        self.call: Callable[..., Any] = Product(scheme, self._decode, self.path, tuple(DTYPES)) if many else caller().linear
         self._rows = library.qc_rows
         self._rows.argtypes = [pointer, pointer, size, number, number, size, size, *planes]
         self._rows.restype = None
@@ -130,7 +135,7 @@ class CpuKernels:
         if bias is not None:
             bias = self._bias(bias, n)
             bias_dtype = DTYPES[bias.dtype]
-        self._call(self.address, x2, dtype, rows, k, padded, x2.stride(0), 1, y, bias, bias_dtype, n, *planes, self._name)
+        self.call(self.address, x2, dtype, rows, k, padded, x2.stride(0), 1, y, bias, bias_dtype, n, *planes, self._name)
         return y
 
     def grouped(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..codegen.cpp_many import FOUND, Kind, Times
 from ..plan import Plan, Record
 from ..store import COUNTS, the_store
 from .fold import Row, bare, folded_name, rows
@@ -120,12 +122,14 @@ class Report:
             f"{totals.share:.1%} of the linear layers' weights; {flops}"
             f"{size(totals.bytes_before)} → {size(totals.bytes_after)}{saved}"
         )
-        return "\n".join([head, *_reasons(self.plan), made_here()])
+        return "\n".join([head, *_reasons(self.plan), *_decoded_first(self.plan), made_here()])
 
     def to_json(self) -> str:
         """The plan's JSON (see :meth:`qcompile.plan.Plan.as_dict`), with ``"seconds": {"bound", "measured"}`` in the records
-        of layers that were timed, and the counters of the cache as ``"cache"``."""
-        content = self.plan.as_dict() | {"cache": dict(COUNTS)}
+        of layers that were timed, the counters of the cache as ``"cache"``, and as ``"products"`` the times of those that were
+        measured in two ways."""
+        products = [{"format": label, **kind.as_dict(), **vars(times)} for (label, kind), times in _products(self.plan)]
+        content = self.plan.as_dict() | {"cache": dict(COUNTS), "products": products}
         for record, data in zip(self.plan, content["records"], strict=True):
             if (timing := self.times.get(record.decision.site.key)) is not None:
                 data["seconds"] = dict(vars(timing))
@@ -144,7 +148,8 @@ class Report:
 def made_here() -> str:
     """What this process has made so far, and what it found in the cache, for all models together."""
     done = (("quantized", "weights", "packed"), ("generated", "sources", "source"), ("compiled", "libraries", "library"),
-            ("calibrated", "groups of layers", "calibration"), ("tuned", "tiles", "tile"))  # fmt: skip
+            ("calibrated", "groups of layers", "calibration"), ("tuned", "tiles", "tile"),
+            ("timed", "products", "product"))  # fmt: skip
     what = ", ".join(f"{verb} {COUNTS[verb]} {things} ({COUNTS[f'{kind} read']} read)" for verb, things, kind in done)
     return f"  this process {what}; cache: {the_store().root}"
 
@@ -186,6 +191,19 @@ def _reasons(plan: Plan) -> list[str]:
         f"  left in floating point: {len(reasons)} × {folded_name(reasons)}"
         for reasons in sorted(found.values(), key=lambda r: -len(r))
     ]
+
+
+def _products(plan: Plan) -> list[tuple[tuple[str, Kind], Times]]:
+    """Products by weights in formats of ``plan`` that were timed in two ways."""
+    schemes = {r.decision.scheme for r in plan if r.decision.scheme is not None}
+    labels = {replace(s, format=s.format.plain).label for s in schemes}
+    return [(product, times) for product, times in FOUND.items() if product[0] in labels]
+
+
+def _decoded_first(plan: Plan) -> list[str]:
+    """Of which products the weight is decoded, and PyTorch's product taken, and why."""
+    return [f"  {label}, {kind}: decoded, then PyTorch's product: {microseconds(times.other)}, ours {microseconds(times.ours)}"
+            for (label, kind), times in _products(plan) if times.decodes]  # fmt: skip
 
 
 def decibels(ratio: float | None) -> str:

@@ -22,6 +22,7 @@ FILES = {
     "calibration": ("rounded.json",),
     "plan": ("plan.json",),
     "tile": ("tile.json",),
+    "product": ("times.json",),
     "sensitivity": ("loss.json",),
 }
 """The files of each kind of entry; sources before the libraries that are compiled from them."""
