@@ -164,7 +164,8 @@ def attention(
                                       is_causal=is_causal, softcap=softcap, **kwargs)  # fmt: skip
     if kwargs.get("position_bias") is not None or kwargs.get("s_aux") is not None:
         raise OptionError("kv_cache: packed attention takes no position bias and no attention sinks; compile without kv_cache")
-    out = key.packed.attend(query, attention_mask, causal, scaling, softcap or 0.0, sliding_window or 0)
+    window = None if key.packed.window else sliding_window or 0
+    out = key.packed.attend(query, attention_mask, causal, scaling, softcap or 0.0, window)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -75,13 +75,10 @@ class KVCache:
     (``length``, int64, no dimensions) and graphs need no recompilation as it moves. None: the cache grows as it fills, and
     ``length`` is an int. ``window``: queries see no more than this many tokens up to their own (0: all), so a growing cache
     forgets those before, in time: ``dropped`` counts them, ``length`` those that are held. Memory is allocated by the first
-    :meth:`append`, on the device of what it is given. Raises :class:`OptionError` for a window with a capacity.
+    :meth:`append`, on the device of what it is given.
     """
 
     def __init__(self, formats: object = "fp8", capacity: int | None = None, window: int = 0) -> None:
-        if window and capacity is not None:
-            raise OptionError(f"KVCache: a cache with a capacity ({capacity}) holds every token; leave out window ({window}), "
-                              "which attend takes too")  # fmt: skip
         self.schemes = formats_of(formats)
         self.capacity, self.window = capacity, window
         self.dropped = 0
@@ -145,15 +142,20 @@ class KVCache:
 
     def attend(
         self, q: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = True, scale: float | None = None,
-        softcap: float = 0.0, window: int = 0,
+        softcap: float = 0.0, window: int | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Attention of q ``[B, Hq, L, D]``, whose tokens are the last L that were appended: ``[B, Hq, L, Dv]`` in q's dtype.
 
         Hq is a multiple of the heads of the cache: query head h reads head ``h // (Hq // H)``. ``mask``: bool (True: seen) or
         additive, broadcast to ``[B, Hq, L, T]``, T the tokens held. ``causal``: no query sees tokens behind its own.
-        ``window``: nor those ``window`` and more before it. ``scale``: 1/√D if None. ``softcap`` c > 0: scores become
-        c · tanh(score / c). A query that sees no token gives zeros. Raises :class:`WeightError` for heads that do not divide.
+        ``window``: nor those ``window`` and more before it (0: all are seen; None: the cache's window). ``scale``: 1/√D if
+        None. ``softcap`` c > 0: scores become c · tanh(score / c). A query that sees no token gives zeros. Raises
+        :class:`WeightError` for heads that do not divide, :class:`OptionError` for a longer window than the cache's.
         """
+        window = self.window if window is None else window
+        if self.window and not 0 < window <= self.window:
+            raise OptionError(f"KV cache: its window is {self.window} tokens, and attention is to see {window or 'all'}; make it "
+                              "with that window, or leave out this one")  # fmt: skip
         if q.shape[1] % self.keys[0].shape[1]:
             raise WeightError(f"attention: {q.shape[1]} heads of queries over {self.keys[0].shape[1]} of keys; they must divide")
         start = self.starts() - q.shape[2]

@@ -230,15 +230,16 @@ def test_a_window_is_all_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, part = KVCache("fp8"), KVCache("fp8", window=40)
     for length in (130, 1, 1, 17, *[1] * 90, 64, 3, *[7] * 20):
         q, k, v = (torch.randn(2, heads, length, 32) for heads in (4, 2, 2))
-        expected = [(cache.append(k, v), cache.attend(q, window=40))[1] for cache in (whole, part)]
-        assert torch.equal(*expected)
+        whole.append(k, v), part.append(k, v)
+        assert torch.equal(whole.attend(q, window=40), out := part.attend(q)) and torch.equal(part.attend(q, window=40), out)
+        assert torch.equal(whole.attend(q, window=9), part.attend(q, window=9))
         assert part.dropped + part.length == whole.length and part.length >= min(whole.length, 40)
         assert length > 100 or part.room <= 40 + 15 + length + 40 + 20 + 15
     assert part.dropped > 300 and part.nbytes < whole.nbytes / 4
 
 
 def test_what_left_the_window_cannot_be_had_again() -> None:
-    """Unless what may be forgotten is said to be revocable; and not where every token is held."""
+    """Unless what may be forgotten is said to be revocable."""
     x = torch.randn(1, 1, 200, 32)
     cache = KVCache("fp8", window=20)
     cache.append(x, x)
@@ -252,8 +253,17 @@ def test_what_left_the_window_cannot_be_had_again() -> None:
     cache.append(x, x)
     cache.crop(200)
     assert cache.dropped + cache.length == 265
-    with pytest.raises(OptionError, match="leave out window"):
-        KVCache("fp8", capacity=64, window=20)
+
+
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_the_window_of_a_cache_is_that_of_its_attention(capacity: int | None) -> None:
+    cache, whole = KVCache("fp8", capacity, window=20), KVCache("fp8")
+    q, k, v = (torch.randn(1, 2, 50, 32) for _ in range(3))
+    cache.append(k, v), whole.append(k, v)
+    assert torch.equal(cache.attend(q), whole.attend(q, window=20)) and not torch.equal(cache.attend(q), whole.attend(q))
+    for window, text in ((0, "all"), (21, "21")):
+        with pytest.raises(OptionError, match=f"its window is 20 tokens, and attention is to see {text}; make it"):
+            cache.attend(q, window=window)
 
 
 def test_half_the_bytes() -> None:
