@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 
 def trim() -> None:
-    """Gives back all free pages of all heaps, in a few milliseconds. C libraries other than glibc have no call for it, and most of
-    them keep less."""
+    """Gives back all free pages of all heaps, in a few milliseconds. C libraries other than glibc have no call for it, and
+    most of them keep less."""
     if (call := _malloc_trim()) is not None:
         call(0)
 

@@ -87,7 +87,6 @@ class Session:
     def serve(self, weights: Sequence[Weight], stops: Sequence[tuple[int, Stop]]) -> None:
         """Packs ``weights`` for the inputs at the ``stops`` of the samples with these numbers."""
         self._latest.clear()
-        heap.trim()  # every lane's thread has a heap, with what its way here let go of
         for outcome in self._outcomes(weights, [(number, stop.x) for number, stop in stops]):
             self.outcomes[outcome.weight.name] = outcome
         if self._chain is not None:
@@ -113,6 +112,7 @@ class Session:
         reasons = [self.method.why_not(w.scheme) for w in weights]
         served = [i for i, reason in enumerate(reasons) if reason is None]
         layers = [Layer(w.layer, w.scheme, w.matrix) for w in weights]
+        heap.trim()  # every lane's thread has a heap, with what its way here let go of
         seen = Seen.of(inputs, weights[0].layer, self.method.with_hessian and bool(served))
         found, near = dict[int, Found](), []
         for at, (layer, reason) in enumerate(zip(layers, reasons, strict=True)):
@@ -120,6 +120,7 @@ class Session:
             near.append(found[at].error(layer, seen.sample))
             if reason is None:
                 del found[at]  # only its error was asked for
+        heap.trim()
         if served:
             found |= zip(served, self.method.pack([layers[at] for at in served], seen), strict=True)
         return [(found[at], near[at], near[at] if at not in served else found[at].error(layer, seen.sample))

@@ -41,10 +41,10 @@ _HOMES = {
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
-__all__ = ["Calibration", "CalibrationMemory", "Codebook", "FormatSpec", "KVCache", "MemoryPlan", "PagedKVCache", "Plan", "Plane",
-           "Policy", "QCompileConfig", "QuantizedTensor", "ROW", "Scheme", "bisect", "calibrate", "calibration_memory", "compare",
-           "evaluate", "explain", "load", "memory_plan", "package", "parallelize_module", "quantize_", "register_format", "restore_", "save",
-           "search", "symbols", "warmup"]  # fmt: skip
+__all__ = ["Calibration", "CalibrationMemory", "Codebook", "FormatSpec", "KVCache", "MemoryPlan", "PagedKVCache", "Plan",
+           "Plane", "Policy", "QCompileConfig", "QuantizedTensor", "ROW", "Scheme", "bisect", "calibrate", "calibration_memory",
+           "compare", "evaluate", "explain", "load", "memory_plan", "package", "parallelize_module", "quantize_",
+           "register_format", "restore_", "save", "search", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 
