@@ -55,28 +55,43 @@ def measure(policy: str) -> dict[str, Any]:
 
 
 def measure_calibration(method: str) -> dict[str, Any]:
-    """In this process: resident memory of the float model and the peak while int4 is calibrated by ``method``, and what the
-    layer with most inputs needs at least: the sum x xᵀ in float32, and the factor of its inverse in float64 and float32."""
+    """In this process: resident memory of the float model, the peak while int4 is calibrated by ``method``, and how much of it
+    is above the model, beside what :func:`qcompile.calibration_memory` promises from the shapes.
+
+    Resident memory is counted above that of the process after the calibration of a model as deep with tiny sizes: with the
+    compiler loaded and warm. ``graphs`` is what the calibration of a second such model adds: compiled code of so many layers, and
+    next to no tensors. ``ratio``: what was taken above the model over ``promised`` and ``graphs`` together.
+    """
     import torch
 
     import qcompile
 
-    from .shapes import LLAMA_3_8B, llama_layers
+    from .shapes import TINY, llama_layers
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (SAMPLES, 1, TOKENS), generator=generator)
+    data = [{"input_ids": x, "use_cache": False} for x in ids]
+
+    def calibrated(model: torch.nn.Module) -> qcompile.Calibration:
+        return qcompile.calibrate(model, data, policy="int4", method=method, progress=False)
 
     with torch.no_grad():
+        calibrated(llama_layers(LAYERS, sizes=TINY))
+        before = _status("VmRSS")
+        calibrated(llama_layers(LAYERS, sizes=TINY))
         base = _status("VmRSS")
         model = llama_layers(LAYERS)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, 256, (SAMPLES, 1, TOKENS), generator=generator)
-        model(ids[0], use_cache=False)
-        row: dict[str, Any] = {"policy": f"int4, {method}", "process": base, "bf16 rss": _status("VmRSS") - base}
+        model(**data[0])
+        row: dict[str, Any] = {"policy": f"int4, {method}", "process": base, "graphs": base - before,
+                               "bf16 rss": _status("VmRSS") - base}  # fmt: skip
         Path("/proc/self/clear_refs").write_text("5")
-        data = [{"input_ids": x, "use_cache": False} for x in ids]
-        calibrated = qcompile.calibrate(model, data, policy="int4", method=method, progress=False)
+        found = calibrated(model)
         row["peak rss"] = _status("VmHWM") - base
-    planes = sum(p.nbytes for _, w in calibrated if w.packed is not None for p in w.packed.planes)
-    inputs = LLAMA_3_8B["intermediate_size"]
-    return row | {"bytes": planes, "matrices": inputs**2 * (4 + 8 + 4), "above the model": row["peak rss"] - row["bf16 rss"]}
+        promised = qcompile.calibration_memory(model, data[0], SAMPLES, policy="int4")
+    planes = sum(p.nbytes for _, w in found if w.packed is not None for p in w.packed.planes)
+    row |= {"bytes": planes, "promised": promised.total, "above the model": row["peak rss"] - row["bf16 rss"]}
+    row["ratio"] = row["above the model"] / (row["promised"] + row["graphs"])
+    return row | {f"promised: {name}": value for name, value in promised.as_dict().items() if name != "total"}
 
 
 def run() -> list[dict[str, Any]]:

@@ -17,6 +17,10 @@ QWEN3_06B = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_head
              "head_dim": 128, "max_position_embeddings": 8192}  # fmt: skip
 """Per-layer sizes of Qwen3-0.6B (its published config.json)."""
 
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 8192}  # fmt: skip
+"""A decoder's layer of next to no bytes: what compiling and running takes by itself."""
+
 
 def llama_layers(layers: int, dtype: torch.dtype = torch.bfloat16, sizes: dict[str, int] = LLAMA_3_8B) -> nn.Module:
     """``layers`` decoder layers of ``sizes`` with random weights, made in ``dtype`` directly, without embeddings of note (a

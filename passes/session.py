@@ -20,6 +20,7 @@ from qcompile.rounding.methods import Method, to_nearest
 from qcompile.rounding.seen import Seen
 from qcompile.store import code_version, the_store
 
+from . import heap
 from .fingerprint import fingerprint
 from .walk import Stop, Weight
 
@@ -106,17 +107,24 @@ class Session:
     def _made(
         self, weights: Sequence[Weight], inputs: Sequence[tuple[int, torch.Tensor]]
     ) -> list[tuple[Found, float, float]]:
-        """What the method finds with its errors; a format that it does not serve is rounded to nearest."""
+        """What the method finds, with the errors of rounding to nearest and of it; a format that it does not serve is rounded to
+        nearest."""
         reasons = [self.method.why_not(w.scheme) for w in weights]
         served = [i for i, reason in enumerate(reasons) if reason is None]
         layers = [Layer(w.layer, w.scheme, w.matrix) for w in weights]
+        heap.trim()  # every lane's thread has a heap, with what its way here let go of
         seen = Seen.of(inputs, weights[0].layer, self.method.with_hessian and bool(served))
-        plain = [to_nearest(layer, reason or "") for layer, reason in zip(layers, reasons, strict=True)]
-        found = list(plain)
-        for at, made in zip(served, self.method.pack([layers[i] for i in served], seen) if served else [], strict=True):
-            found[at] = made
-        return [(one, near.error(layer, seen.sample), one.error(layer, seen.sample))
-                for layer, near, one in zip(layers, plain, found, strict=True)]  # fmt: skip
+        found, near = dict[int, Found](), []
+        for at, (layer, reason) in enumerate(zip(layers, reasons, strict=True)):
+            found[at] = to_nearest(layer, reason or "")
+            near.append(found[at].error(layer, seen.sample))
+            if reason is None:
+                del found[at]  # only its error was asked for
+        heap.trim()
+        if served:
+            found |= zip(served, self.method.pack([layers[at] for at in served], seen), strict=True)
+        return [(found[at], near[at], near[at] if at not in served else found[at].error(layer, seen.sample))
+                for at, layer in enumerate(layers)]  # fmt: skip
 
     def _packed(self, weights: Sequence[Weight], made: Sequence[tuple[Found, float, float]], parts: Any) -> list[Outcome]:
         """The planes as the store has them: mapped from their files, which takes no memory until they are read."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .api import calibrate, explain, quantize_
     from .bisection import bisect
     from .calibration import Calibration
+    from .calibration_peak import CalibrationMemory, calibration_memory
     from .checkpoints.hf import QCompileConfig
     from .checkpoints.load import load
     from .checkpoints.save import save
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "calibrate": "api", "Calibration": "calibration",
+    "calibration_memory": "calibration_peak", "CalibrationMemory": "calibration_peak",
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
     "package": "deployment", "parallelize_module": "parallel", "memory_plan": "memory", "MemoryPlan": "memory",
     "compare": "comparison", "evaluate": "evaluation", "search": "allocation", "bisect": "bisection", "warmup": "warm",
@@ -39,10 +41,10 @@ _HOMES = {
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip
 
-__all__ = ["Calibration", "Codebook", "FormatSpec", "KVCache", "MemoryPlan", "PagedKVCache", "Plan", "Plane", "Policy",
-           "QCompileConfig", "QuantizedTensor", "ROW", "Scheme", "bisect", "calibrate", "compare", "evaluate", "explain",
-           "load", "memory_plan", "package", "parallelize_module", "quantize_", "register_format", "restore_", "save",
-           "search", "symbols", "warmup"]  # fmt: skip
+__all__ = ["Calibration", "CalibrationMemory", "Codebook", "FormatSpec", "KVCache", "MemoryPlan", "PagedKVCache", "Plan",
+           "Plane", "Policy", "QCompileConfig", "QuantizedTensor", "ROW", "Scheme", "bisect", "calibrate", "calibration_memory",
+           "compare", "evaluate", "explain", "load", "memory_plan", "package", "parallelize_module", "quantize_",
+           "register_format", "restore_", "save", "search", "symbols", "warmup"]  # fmt: skip
 __version__ = "0.1.0"
 
 

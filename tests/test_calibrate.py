@@ -34,7 +34,7 @@ from qcompile.options import Options
 from qcompile.recorder import recorder_of
 from qcompile.rounding import gptq
 from qcompile.rounding.methods import METHODS
-from qcompile.rounding.seen import Seen, output_error
+from qcompile.rounding.seen import Seen, outputs, relative_error
 from qcompile.store import COUNTS
 from qcompile.tensor import QuantizedTensor
 
@@ -501,7 +501,7 @@ def test_output_errors_are_those_of_the_kernels() -> None:
         decoded = reference.decode(scheme.format, planes, 32, WIDTH)
         got = F.linear(x, qcompile.tensor.tensor_class(scheme)(planes, weight.shape, weight.dtype))
         expected = float((got - x @ weight.t()).norm() / (x @ weight.t()).norm())
-        assert output_error(x, weight, decoded, scheme.activations, factors) == pytest.approx(expected, rel=0.02)
+        assert relative_error(*outputs(x, weight, decoded, scheme.activations, factors)) == pytest.approx(expected, rel=0.02)
 
 
 def test_a_second_run_reads_everything_and_other_data_nothing() -> None:

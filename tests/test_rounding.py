@@ -12,7 +12,7 @@ from qcompile.rounding import clip, factors, gptq
 from qcompile.rounding.cholesky import inverse_factor_
 from qcompile.rounding.layers import Layer
 from qcompile.rounding.methods import to_nearest
-from qcompile.rounding.seen import Seen, output_error
+from qcompile.rounding.seen import Seen, outputs, relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +61,10 @@ def test_each_sweep_of_clipping_makes_errors_of_outputs_smaller(monkeypatch: pyt
         monkeypatch.setattr(clip, "STEPS", sweeps)
         matrix, left = clip.clipped(layer, f, hessian)
         decoded = reference.decode(spec, reference.quantize(spec, matrix, "up", None, f), *weight.shape)
-        found.append(output_error(x, weight, decoded, None))
+        found.append(relative_error(*outputs(x, weight, decoded, None)))
         assert 0.5 < left < 1
     nearest = reference.decode(spec, reference.quantize(spec, weight, "up", None, f), *weight.shape)
-    assert found == sorted(found, reverse=True) and found[-1] < 0.8 * output_error(x, weight, nearest, None)
+    assert found == sorted(found, reverse=True) and found[-1] < 0.8 * relative_error(*outputs(x, weight, nearest, None))
 
 
 @pytest.mark.parametrize("name,note", [("int4_g64", "ranges clipped"), ("mxfp4", "scales searched for")])
@@ -74,3 +74,27 @@ def test_awq_keeps_the_better_of_clipped_ranges_and_searched_scales(name: str, n
     (found,) = factors.awq([layer], seen)
     assert note in found.note
     assert found.error(layer, seen.sample) < to_nearest(layer, "").error(layer, seen.sample)
+
+
+@pytest.mark.parametrize("cols", [100, 128])
+def test_the_factor_in_the_memory_of_h_is_the_same(cols: int) -> None:
+    x = torch.randn(400, 100)
+    hessian = x.t() @ x
+    kept = hessian.clone()
+    apart = gptq.Curvature.of(hessian, cols)
+    assert torch.equal(hessian, kept)
+    within = gptq.Curvature.of(hessian, cols, overwrite=True)
+    assert torch.equal(within.upper, apart.upper) and torch.equal(within.order, apart.order)
+    assert (within.upper.data_ptr() == hessian.data_ptr()) == (cols == 100)
+
+
+def test_layers_of_one_input_are_rounded_as_each_by_itself() -> None:
+    """K = 96 is whole groups of 32, and padded to one of 128."""
+    x = torch.randn(400, 96)
+    hessian = x.t() @ x
+    names = ("int4_g32", "int8", "int4_g128", "int3_g32")
+    weights = [(formats.get(name), torch.randn(48, 96), name) for name in names]
+    assert [spec.whole(96) for spec, _, _ in weights] == [96, 96, 128, 96]
+    alone = [gptq.quantize(spec, weight, hessian) for spec, weight, _ in weights]
+    for (planes, damping), expected in zip(gptq.quantize_all(weights, hessian.clone()), alone, strict=True):
+        assert damping == gptq.DAMPING and all(map(torch.equal, planes, expected))

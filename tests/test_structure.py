@@ -33,7 +33,7 @@ LAYERS = [
     {"suggestion", "divergence"},
     {"evaluation"},
     {"allocation", "lm_eval", "api", "warm", "cli_cache", "cli", "cli_debug", "cli_search", "bisection", "memory", "parallel",
-     "cli_memory"},
+     "cli_memory", "calibration_peak"},
     {"deployment"},
     {"backend"},
 ]

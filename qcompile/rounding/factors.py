@@ -58,12 +58,10 @@ def awq_gptq(layers: Sequence[Layer], seen: Seen) -> list[Found]:
     assert seen.hessian is not None
     choice = _awq_choice(layers, seen)
     f = choice.factors
-    hessian, found = seen.hessian * f * f[:, None], []
-    for layer in layers:
-        wide = layer.matrix.to(torch.float32) / f
-        planes = gptq.quantize(layer.scheme.format, wide, hessian, layer.name)
-        found.append(Found(_scaled(layer.scheme), [*planes, f], "awq+gptq", choice.note))
-    return found
+    hessian = seen.hessian.mul_(f).mul_(f[:, None])
+    made = gptq.quantize_all([(layer.scheme.format, layer.matrix, layer.name) for layer in layers], hessian, f)
+    return [Found(_scaled(layer.scheme), [*planes, f], "awq+gptq", choice.note)
+            for layer, (planes, _) in zip(layers, made, strict=True)]  # fmt: skip
 
 
 def smoothquant(layers: Sequence[Layer], seen: Seen) -> list[Found]:

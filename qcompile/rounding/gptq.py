@@ -8,6 +8,7 @@ Scales are chosen before, so that this order may cross groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,18 +67,19 @@ class Curvature:
     damping: float = DAMPING
 
     @staticmethod
-    def of(hessian: torch.Tensor, cols: int, layer: str = "weight") -> Curvature:
-        """From H ``[K, K]``, the sum of x xᵀ over inputs, padded to ``cols`` columns.
+    def of(hessian: torch.Tensor, cols: int, layer: str = "weight", overwrite: bool = False) -> Curvature:
+        """From H float32 ``[K, K]``, the sum of x xᵀ over inputs, padded to ``cols`` columns.
 
-        Inputs that were always zero get the mean diagonal, so that their weights are rounded to nearest. Raises
-        :class:`~qcompile.errors.WeightError` when H has NaN or infinite values, or no Cholesky factor under any damping.
+        Inputs that were always zero get the mean diagonal, so that their weights are rounded to nearest. ``overwrite``: H is
+        not needed again, so the factor takes its memory (where ``cols`` is K), and 12·K² bytes are alive at most; else 16·K².
+        Raises :class:`~qcompile.errors.WeightError` when H has NaN or infinite values, or no Cholesky factor under any damping.
         """
-        if not torch.isfinite(hessian).all():
+        if not all(bool(torch.isfinite(rows).all()) for rows in hessian.split(BLOCK)):
             raise WeightError(f"{layer}: the inputs seen at calibration have NaN or infinite values; call the compiled model "
                               "first with finite inputs, or compile with rounding='nearest'")  # fmt: skip
-        damping = DAMPING
+        own, damping = hessian if overwrite else hessian.clone(), DAMPING
         while damping <= STRONGEST:
-            if (made := _damped(hessian, cols, damping)) is not None:
+            if (made := _damped(own, cols, damping)) is not None:
                 return made
             damping *= 10
         raise WeightError(f"{layer}: H = XᵀX has no Cholesky factor even with {STRONGEST:g} times its mean diagonal added, so it "
@@ -86,7 +88,7 @@ class Curvature:
 
 def _damped(hessian: torch.Tensor, cols: int, damping: float) -> Curvature | None:
     """That of H + ``damping`` · its mean diagonal; None where it has no Cholesky factor. Works in float64, on one matrix beside
-    H."""
+    H, whose memory the factor takes in the end if it has its size."""
     k = len(hessian)
     diagonal = F.pad(hessian.diagonal().to(torch.float64), (0, cols - k))
     mean = diagonal[:k].mean().clamp_min(1e-12)
@@ -98,8 +100,11 @@ def _damped(hessian: torch.Tensor, cols: int, damping: float) -> Curvature | Non
     work.diagonal().copy_(diagonal[order].flip(0))
     if not inverse_factor_(work):
         return None
-    work = work.to(torch.float32)  # the float64 one is freed before the next copy
-    return Curvature(order, work.flip(0, 1), importance, damping)
+    upper = hessian if cols == k else torch.empty(cols, cols, device=hessian.device)
+    for start in range(0, cols, BLOCK):
+        part = work[start : start + BLOCK]
+        upper[cols - start - len(part) : cols - start] = part.flip(0, 1)
+    return Curvature(order, upper, importance, damping)
 
 
 def _reversed(hessian: torch.Tensor, order: torch.Tensor, cols: int) -> torch.Tensor:
@@ -114,7 +119,8 @@ def _reversed(hessian: torch.Tensor, order: torch.Tensor, cols: int) -> torch.Te
 def quantize(
     spec: FormatSpec, weight: torch.Tensor, hessian: torch.Tensor | Curvature, layer: str = "weight"
 ) -> list[torch.Tensor]:
-    """Stored planes, in spec order, of a float ``[N, K]`` weight under ``hessian`` ``[K, K]``, the sum of x xᵀ over inputs.
+    """Stored planes, in spec order, of a float ``[N, K]`` weight under ``hessian`` float32 ``[K, K]``, the sum of x xᵀ over
+    inputs.
 
     Scales and offsets of a group minimize its squared error weighted by the diagonal of H. Rows are worked on in chunks.
     Raises :class:`~qcompile.errors.FormatError` for formats with their own quantizer (see :func:`why_not`),
@@ -131,6 +137,25 @@ def quantize(
     entries = {p.name: parts[0][p.name] if p.rows == ALL else torch.cat([part[p.name] for part in parts]) for p in spec.planes}
     planes = [stored for p in spec.planes for stored in pack_plane(spec, p, entries[p.name], n, k)]
     return planes + reference.columns(spec, k, weight.device)
+
+
+def quantize_all(
+    weights: Sequence[tuple[FormatSpec, torch.Tensor, str]], hessian: torch.Tensor, factors: torch.Tensor | None = None
+) -> list[tuple[list[torch.Tensor], float]]:
+    """What :func:`quantize` gives of each (format, weight ``[N, K]`` over ``factors`` ``[K]``, layer), all of layers with the
+    inputs of ``hessian``, and the damping that it took. ``hessian`` is spoilt: one factor is alive at a time, the last one in
+    its memory."""
+    widths = [spec.whole(weight.shape[1]) for spec, weight, _ in weights]
+    found: dict[int, tuple[list[torch.Tensor], float]] = {}
+    for cols in (distinct := list(dict.fromkeys(widths))):
+        here = [at for at, width in enumerate(widths) if width == cols]
+        curvature = Curvature.of(hessian, cols, weights[here[0]][2], overwrite=cols == distinct[-1])
+        for at in here:
+            spec, weight, layer = weights[at]
+            divided = weight if factors is None else weight.to(torch.float32) / factors
+            found[at] = quantize(spec, divided, curvature, layer), curvature.damping
+        del curvature, divided  # before the next are made
+    return [found[at] for at in range(len(weights))]
 
 
 def _round_rows(

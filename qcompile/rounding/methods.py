@@ -32,17 +32,9 @@ def to_nearest(layer: Layer, reason: str) -> Found:
 
 def _by_gptq(layers: Sequence[Layer], seen: Seen) -> list[Found]:
     assert seen.hessian is not None
-    curvatures: dict[int, gptq.Curvature] = {}
-    found = []
-    for layer in layers:
-        cols = layer.scheme.format.whole(layer.matrix.shape[1])
-        if cols not in curvatures:
-            curvatures[cols] = gptq.Curvature.of(seen.hessian, cols, layer.name)
-        damping = curvatures[cols].damping
-        note = f"damping {damping:g}" if damping > gptq.DAMPING else ""
-        planes = gptq.quantize(layer.scheme.format, layer.matrix, curvatures[cols], layer.name)
-        found.append(Found(layer.scheme, planes, "gptq", note))
-    return found
+    made = gptq.quantize_all([(layer.scheme.format, layer.matrix, layer.name) for layer in layers], seen.hessian)
+    return [Found(layer.scheme, planes, "gptq", f"damping {damping:g}" if damping > gptq.DAMPING else "")
+            for layer, (planes, damping) in zip(layers, made, strict=True)]  # fmt: skip
 
 
 def _why_no_importance(scheme: Scheme) -> str | None:

@@ -83,18 +83,21 @@ def as_multiplied(x: torch.Tensor, activations: str | None) -> torch.Tensor:
     return rounded * scale
 
 
-def output_error(
+def outputs(
     sample: torch.Tensor, matrix: torch.Tensor, decoded: torch.Tensor, activations: str | None,
     factors: torch.Tensor | None = None,
-) -> float:  # fmt: skip
-    """‖Q(x·f)(ŵ/f)ᵀ − xwᵀ‖ / ‖xwᵀ‖ over the ``sample`` of rows ``[R, K]``: ``matrix`` w and its ``decoded`` form ŵ
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """xwᵀ and Q(x·f)(ŵ/f)ᵀ, float32 ``[R, N]``, of the ``sample`` of rows x ``[R, K]``: ``matrix`` w and its ``decoded`` form ŵ
     ``[N, K]``, ``factors`` f ``[K]`` on x before it is rounded to ``activations`` (None: 1)."""
     wanted = sample @ matrix.to(torch.float32).t()
     given = decoded.to(torch.float32)
-    if activations is not None:
-        f = torch.ones_like(sample[0]) if factors is None else factors
-        got = as_multiplied(sample * f, activations) @ (given / f).t()
-    else:
-        got = sample @ given.t()
+    if activations is None:
+        return wanted, sample @ given.t()
+    f = torch.ones_like(sample[0]) if factors is None else factors
+    return wanted, as_multiplied(sample * f, activations) @ (given / f).t()
+
+
+def relative_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """‖got − wanted‖ / ‖wanted‖, and ‖got‖ where that is 0."""
     scale = float(wanted.norm())
     return float((got - wanted).norm()) / scale if scale else float(got.norm())
