@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .walk import Stop
 
@@ -24,11 +26,13 @@ class Cancelled(BaseException):
 
 
 class Lane:
-    """The call ``function(*args, **kwargs)`` of sample ``number``; ``stop`` is where it waits (None: it has returned)."""
+    """The call ``function(*args, **kwargs)`` of sample ``number``; ``stop`` is where it waits (None: it has returned). Its
+    ``twin`` is a lane of the same sample whose weights stay ``in_float``."""
 
-    def __init__(self, number: int, function: Callable[..., Any], call: Call) -> None:
-        self.number = number
+    def __init__(self, number: int, function: Callable[..., Any], call: Call, in_float: bool = False) -> None:
+        self.number, self.in_float = number, in_float
         self.stop: Stop | None = None
+        self.twin: Lane | None = None
         self._function, self._call = function, call
         self._error: BaseException | None = None
         self._cancelled = False
@@ -47,6 +51,10 @@ class Lane:
         if self._error is not None:
             self._error.add_note(f"raised by sample {self.number} of the data given for calibration: {_described(self._call)}")
             raise self._error
+
+    @property
+    def returned(self) -> bool:
+        return self._thread.ident is not None and self.stop is None
 
     def cancel(self) -> None:
         """Unwinds a call that waits, and returns when its thread is over."""
@@ -93,14 +101,26 @@ def current() -> Lane:
 
 
 @contextlib.contextmanager
-def lanes(function: Callable[..., Any], calls: Sequence[Call]) -> Iterator[list[Lane]]:
-    """A lane for each call; those that wait when the block is left are cancelled."""
+def lanes(function: Callable[..., Any], calls: Sequence[Call], twins: bool = False) -> Iterator[list[Lane]]:
+    """A lane for each call, with a twin that has the arguments to itself if ``twins`` are asked for; those that wait when the
+    block is left are cancelled."""
     made = [Lane(number, function, call) for number, call in enumerate(calls)]
+    if twins:
+        for lane, call in zip(made, calls, strict=True):
+            lane.twin = Lane(lane.number, function, _copied(call), in_float=True)
     try:
         yield made
     finally:
         for lane in made:
-            lane.cancel()
+            for each in (lane, lane.twin):
+                if each is not None:
+                    each.cancel()
+
+
+def _copied(call: Call) -> Call:
+    """``call`` with memory of its own: what is written to in one call, such as a cache, is not seen by the other."""
+    tensors = [v for v in pytree.tree_leaves(call) if isinstance(v, torch.Tensor)]
+    return copy.deepcopy(call, {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors})
 
 
 def _modes() -> list[tuple[str, bool, torch.dtype]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,19 @@ from qcompile.formats import Scheme, scheme_of
 from qcompile.packing import Packed, known, packed
 from qcompile.rounding.layers import Found, Layer, decoded
 from qcompile.rounding.methods import Method, to_nearest
-from qcompile.rounding.seen import Seen
+from qcompile.rounding.seen import Seen, drift
 from qcompile.store import code_version, the_store
 
 from .fingerprint import fingerprint
 from .walk import Stop, Weight
 
 ROUNDED = "rounded.json"
+
+Inputs = Sequence[tuple[int, torch.Tensor]]
+"""Numbers of samples, and what a layer is given."""
+
+InFloat = Mapping[int, torch.Tensor]
+"""By number, what the layer is given in the float model, where that came by it."""
 
 
 @dataclass(frozen=True)
@@ -83,34 +89,35 @@ class Session:
             except FingerprintError:
                 self._chain = None
 
-    def serve(self, weights: Sequence[Weight], stops: Sequence[tuple[int, Stop]]) -> None:
-        """Packs ``weights`` for the inputs at the ``stops`` of the samples with these numbers."""
+    def serve(self, weights: Sequence[Weight], stops: Sequence[tuple[int, Stop]], in_float: InFloat) -> None:
+        """Packs ``weights`` for the inputs at the ``stops`` of the samples with these numbers; ``in_float``: what they are in
+        the float model, where it ran as well."""
         self._latest.clear()
-        for outcome in self._outcomes(weights, [(number, stop.x) for number, stop in stops]):
+        for outcome in self._outcomes(weights, [(number, stop.x) for number, stop in stops], in_float):
             self.outcomes[outcome.weight.name] = outcome
         if self._chain is not None:
             self._chain = _digest([self._chain, *(w.name + w.scheme.key for w in weights)])
         self.done([w.name for w in weights])
 
-    def _outcomes(self, weights: Sequence[Weight], inputs: Sequence[tuple[int, torch.Tensor]]) -> list[Outcome]:
+    def _outcomes(self, weights: Sequence[Weight], inputs: Inputs, in_float: InFloat) -> list[Outcome]:
         if self._chain is None:
-            return self._packed(weights, self._made(weights, inputs), None)
+            return self._packed(weights, self._made(weights, inputs, in_float), None)
         parts = {"chain": self._chain, "formats": {w.name: w.scheme.key for w in weights}}
         with the_store().making("calibration", parts) as slot:
             if slot.found is not None and (kept := self._kept(slot.found, weights, parts)) is not None:
                 return kept
-            made = self._packed(weights, self._made(weights, inputs), parts)
+            made = self._packed(weights, self._made(weights, inputs, in_float), parts)
             slot.put(lambda folder: (folder / ROUNDED).write_text(json.dumps([_as_dict(o) for o in made])))
             return made
 
-    def _made(
-        self, weights: Sequence[Weight], inputs: Sequence[tuple[int, torch.Tensor]]
-    ) -> list[tuple[Found, float, float]]:
+    def _made(self, weights: Sequence[Weight], inputs: Inputs, in_float: InFloat) -> list[tuple[Found, float, float]]:
         """What the method finds with its errors; a format that it does not serve is rounded to nearest."""
         reasons = [self.method.why_not(w.scheme) for w in weights]
         served = [i for i, reason in enumerate(reasons) if reason is None]
         layers = [Layer(w.layer, w.scheme, w.matrix) for w in weights]
         seen = Seen.of(inputs, weights[0].layer, self.method.with_hessian and bool(served))
+        if in_float and served:
+            seen = replace(seen, drift=drift(inputs, in_float, weights[0].layer))
         plain = [to_nearest(layer, reason or "") for layer, reason in zip(layers, reasons, strict=True)]
         found = list(plain)
         for at, made in zip(served, self.method.pack([layers[i] for i in served], seen) if served else [], strict=True):
