@@ -107,7 +107,7 @@ def lanes(function: Callable[..., Any], calls: Sequence[Call], twins: bool = Fal
     made = [Lane(number, function, call) for number, call in enumerate(calls)]
     if twins:
         for lane, call in zip(made, calls, strict=True):
-            lane.twin = Lane(lane.number, function, _copied(call), in_float=True)
+            lane.twin = Lane(lane.number, function, _copied(lane.number, call), in_float=True)
     try:
         yield made
     finally:
@@ -117,10 +117,16 @@ def lanes(function: Callable[..., Any], calls: Sequence[Call], twins: bool = Fal
                     each.cancel()
 
 
-def _copied(call: Call) -> Call:
-    """``call`` with memory of its own: what is written to in one call, such as a cache, is not seen by the other."""
+def _copied(number: int, call: Call) -> Call:
+    """The ``call`` of sample ``number`` with memory of its own: what is written to in one, such as a cache, is not seen by the
+    other. What cannot be copied raises its own error, with a note."""
     tensors = [v for v in pytree.tree_leaves(call) if isinstance(v, torch.Tensor)]
-    return copy.deepcopy(call, {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors})
+    try:
+        return copy.deepcopy(call, {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors})
+    except Exception as error:
+        error.add_note(f"raised by copying sample {number} of the data given for calibration, {_described(call)}: the method needs it "
+                       "twice, once for the float model; give arguments that can be copied, or method='gptq'")  # fmt: skip
+        raise
 
 
 def _modes() -> list[tuple[str, bool, torch.dtype]]:

@@ -137,9 +137,13 @@ def test_random_numbers_are_the_same_in_float(met: dict[str, Met]) -> None:
 
 class Remembering(Model):
     def forward(self, x: torch.Tensor, past: list[torch.Tensor]) -> torch.Tensor:
-        past.append(self.first(x))
-        torch._dynamo.graph_break()
+        keep(past, self.first(x))
         return self.third(torch.stack(past).sum(0))
+
+
+@torch._dynamo.disable
+def keep(past: list[torch.Tensor], x: torch.Tensor) -> None:
+    past.append(x)
 
 
 def test_what_the_float_model_writes_to_its_arguments_is_not_seen_by_the_packed_one(met: dict[str, Met]) -> None:
@@ -155,6 +159,13 @@ def test_inputs_that_are_part_of_a_graph_of_gradients_are_taken() -> None:
         data = [nn.Linear(WIDTH, WIDTH)(x) for x in samples(2)]
     assert all(x.requires_grad and not x.is_leaf for x in data)
     assert len(qcompile.calibrate(Model(), data, policy="int4_g32", method="awq")) == 3
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    x = samples(1)[0]
+    with pytest.raises(TypeError, match="cannot pickle") as raised:
+        qcompile.calibrate(Model(), [x, {"x": x, "lock": threading.Lock()}], policy="int4_g32", method="awq")
+    assert any("copying sample 1" in n and "lock=lock" in n and "method='gptq'" in n for n in raised.value.__notes__)
 
 
 def drifted(weight: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
