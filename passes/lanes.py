@@ -124,8 +124,8 @@ def _copied(number: int, call: Call) -> Call:
     try:
         return copy.deepcopy(call, {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors})
     except Exception as error:
-        error.add_note(f"raised by copying sample {number} of the data given for calibration, {_described(call)}: the method needs it "
-                       "twice, once for the float model; give arguments that can be copied, or method='gptq'")  # fmt: skip
+        error.add_note(f"raised by copying sample {number} of the data given for calibration, {_described(call)}: the float "
+                       "model takes it as well; give arguments that can be copied, or method='gptq'")  # fmt: skip
         raise
 
 
