@@ -209,6 +209,13 @@ def test_sizes_of_columns_do_not_matter_and_inputs_that_are_always_zero_change_n
     assert torch.equal(drifted(weight, x[:, :48], x[:, :48])[0], weight)
 
 
+def test_an_h_that_is_no_sum_of_squares_is_refused() -> None:
+    x = off_by_little(48)[0]
+    one = replace(Seen.of([(0, x)], "up", with_hessian=True), hessian=-x.t() @ x, drift=x.t() @ x)
+    with pytest.raises(WeightError, match=r"up: H = XᵀX has no Cholesky factor with 0\.3"):
+        target.aimed([Layer("up", Scheme(get("int4_g32")), torch.randn(20, 48))], one)
+
+
 def test_drift_is_of_the_samples_that_the_float_model_has_in_the_same_shape() -> None:
     x, exact = torch.randn(3, 2, 10, 8), torch.randn(3, 2, 10, 8)
     found = seen.drift(list(enumerate(x)), {1: exact[1], 2: exact[2, :1]}, "up")

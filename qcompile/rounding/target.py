@@ -14,20 +14,27 @@ from dataclasses import replace
 
 import torch
 
+from ..errors import WeightError
 from .layers import Layer
 from .seen import Seen
 
-DAMPING = 0.1
-"""What keeps a weight near its own where inputs say little, and outputs for the float model's inputs near the float ones."""
+DAMPING = 0.3
+"""Share of H's diagonal. It keeps a weight near its own where inputs say little, and with few of them: measured, what a tenth
+wins more with 65 thousand tokens, it loses twice with three thousand."""
 
 
 def aimed(layers: Sequence[Layer], seen: Seen) -> list[Layer]:
-    """``layers`` of one input with float32 matrices that answer ``seen.drift``; as they are without one."""
+    """``layers`` of one input with float32 matrices ``[N, K]`` that answer ``seen.drift``; as they are without one. Raises
+    :class:`~qcompile.errors.WeightError`, naming a layer, when H, damped, has no Cholesky factor."""
     if seen.drift is None or seen.hessian is None:
         return list(layers)
     damped = seen.hessian.clone()
     diagonal = damped.diagonal()
     diagonal.mul_(1 + DAMPING).clamp_min_(1e-6 * float(diagonal.mean()) + 1e-12)  # inputs that were always 0
-    turn = torch.cholesky_solve(seen.drift.t(), torch.linalg.cholesky(damped)).t()
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise WeightError(f"{layers[0].name}: H = XᵀX has no Cholesky factor with {DAMPING:g} of its diagonal added, so it is no "
+                          "sum of squares; give the layer other samples, or method='imatrix'")  # fmt: skip
+    turn = torch.cholesky_solve(seen.drift.t(), factor).t()
     return [replace(layer, matrix=torch.addmm(wide, wide, turn))
             for layer in layers for wide in (layer.matrix.to(torch.float32),)]  # fmt: skip
