@@ -1,7 +1,8 @@
 """Several calls of one model in lock step: each stops at the linear layers whose weights are yet to be packed.
 
 Every call runs in a thread of its own, of which one at a time runs: only so can a call stop inside a graph that Dynamo
-compiled, be it the model's only one or one of many between graph breaks, and go on later with all its Python state.
+compiled, be it the model's only one or one of many between graph breaks, and go on later with all its Python state. Beside
+each a second call of the same sample may go, its twin, whose weights stay in float.
 """
 
 from __future__ import annotations
