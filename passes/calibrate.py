@@ -47,7 +47,7 @@ def rounded(
         try:
             session.enter(gm, example_inputs)
             for stop in Walk(gm, products(gm), session).stops(example_inputs):
-                session.serve(stop.weights, [(0, stop)])
+                session.serve(stop.weights, [(0, stop)], {})
                 del stop  # it holds the layer's inputs
         except Exception as error:
             error.add_note("raised while qcompile ran the graph once for rounding='gptq'; rounding='nearest' needs no run")

@@ -1,18 +1,21 @@
 """Several calls of one model in lock step: each stops at the linear layers whose weights are yet to be packed.
 
 Every call runs in a thread of its own, of which one at a time runs: only so can a call stop inside a graph that Dynamo
-compiled, be it the model's only one or one of many between graph breaks, and go on later with all its Python state.
+compiled, be it the model's only one or one of many between graph breaks, and go on later with all its Python state. Beside
+each a second call of the same sample may go, its twin, whose weights stay in float.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .walk import Stop
 
@@ -24,11 +27,13 @@ class Cancelled(BaseException):
 
 
 class Lane:
-    """The call ``function(*args, **kwargs)`` of sample ``number``; ``stop`` is where it waits (None: it has returned)."""
+    """The call ``function(*args, **kwargs)`` of sample ``number``; ``stop`` is where it waits (None: it has returned). Its
+    ``twin`` is a lane of the same sample whose weights stay ``in_float``."""
 
-    def __init__(self, number: int, function: Callable[..., Any], call: Call) -> None:
-        self.number = number
+    def __init__(self, number: int, function: Callable[..., Any], call: Call, in_float: bool = False) -> None:
+        self.number, self.in_float = number, in_float
         self.stop: Stop | None = None
+        self.twin: Lane | None = None
         self._function, self._call = function, call
         self._error: BaseException | None = None
         self._cancelled = False
@@ -47,6 +52,10 @@ class Lane:
         if self._error is not None:
             self._error.add_note(f"raised by sample {self.number} of the data given for calibration: {_described(self._call)}")
             raise self._error
+
+    @property
+    def returned(self) -> bool:
+        return self._thread.ident is not None and self.stop is None
 
     def cancel(self) -> None:
         """Unwinds a call that waits, and returns when its thread is over."""
@@ -93,14 +102,32 @@ def current() -> Lane:
 
 
 @contextlib.contextmanager
-def lanes(function: Callable[..., Any], calls: Sequence[Call]) -> Iterator[list[Lane]]:
-    """A lane for each call; those that wait when the block is left are cancelled."""
+def lanes(function: Callable[..., Any], calls: Sequence[Call], twins: bool = False) -> Iterator[list[Lane]]:
+    """A lane for each call, with a twin that has the arguments to itself if ``twins`` are asked for; those that wait when the
+    block is left are cancelled."""
     made = [Lane(number, function, call) for number, call in enumerate(calls)]
+    if twins:
+        for lane, call in zip(made, calls, strict=True):
+            lane.twin = Lane(lane.number, function, _copied(lane.number, call), in_float=True)
     try:
         yield made
     finally:
         for lane in made:
-            lane.cancel()
+            for each in (lane, lane.twin):
+                if each is not None:
+                    each.cancel()
+
+
+def _copied(number: int, call: Call) -> Call:
+    """The ``call`` of sample ``number`` with memory of its own: what is written to in one, such as a cache, is not seen by the
+    other. What cannot be copied raises its own error, with a note."""
+    tensors = [v for v in pytree.tree_leaves(call) if isinstance(v, torch.Tensor)]
+    try:
+        return copy.deepcopy(call, {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors})
+    except Exception as error:
+        error.add_note(f"raised by copying sample {number} of the data given for calibration, {_described(call)}: the float "
+                       "model takes it as well; give arguments that can be copied, or method='gptq'")  # fmt: skip
+        raise
 
 
 def _modes() -> list[tuple[str, bool, torch.dtype]]:

@@ -56,8 +56,9 @@ class Recording:
         nodes = products(gm)
 
         def call(*inputs: Any) -> Any:
-            self.session.enter(gm, inputs)
-            walk = Walk(gm, nodes, self.session).stops(inputs)
+            if not current().in_float:
+                self.session.enter(gm, inputs)
+            walk = Walk(gm, nodes, self.session, current().in_float).stops(inputs)
             while True:
                 try:
                     current().wait_at(next(walk))  # without a name, so that the inputs go as soon as the lane goes on
@@ -78,11 +79,13 @@ def calibration(model: nn.Module, calls: Sequence[Call], options: Options, sessi
     backend = Recording(session, options, recorder)
     values = pytree.tree_leaves(list(calls))
     config: Any = torch._dynamo.config
-    with as_themselves(), config.patch(UNLIMITED), torch.random.fork_rng(cuda_of([*root.parameters(), *values])):
+    cuda = cuda_of([*root.parameters(), *values])
+    with as_themselves(), config.patch(UNLIMITED), torch.random.fork_rng(cuda):
         # Not left to Dynamo, whose choice depends on what it has seen before, and the names of kept results on the graph.
         dynamic = len({_shapes(call) for call in calls}) > 1
-        with untouched(root), lanes(torch.compile(root, backend=backend, dynamic=dynamic), calls) as waiting:
-            _run(waiting, session)
+        compiled = torch.compile(root, backend=backend, dynamic=dynamic)
+        with untouched(root), lanes(compiled, calls, twins=session.method.with_float) as waiting:
+            _run(waiting, session, cuda)
     weights, unserved = {w.name: w for w in session.weights.values()}, backend.unserved
     backend.forget()
     if not weights and not unserved:
@@ -109,20 +112,35 @@ def bar(session: Session, shown: bool) -> Iterator[None]:
         yield
 
 
-def _run(waiting: Sequence[Lane], session: Session) -> None:
+def _run(waiting: Sequence[Lane], session: Session, cuda: list[torch.device]) -> None:
     """Packs what lanes stop at, that which comes first in the model first, until all have returned."""
     for lane in waiting:
-        lane.advance()
+        _advance(lane, cuda)
     while stopped := [(lane, lane.stop) for lane in waiting if lane.stop is not None]:
         order = {w.name: at for at, w in enumerate(session.weights.values())}
         _, first = min(stopped, key=lambda s: order[s[1].weights[0].name])
         group = {w.name for w in first.weights}
         ready = [(lane, stop) for lane, stop in stopped if stop.weights[0].name in group]
-        session.serve(first.weights, [(lane.number, stop) for lane, stop in ready])
         goes = [lane for lane, _ in ready]
+        session.serve(first.weights, [(lane.number, stop) for lane, stop in ready], _in_float(goes, group))
         del stopped, first, ready  # they hold the layer's inputs
         for lane in goes:
-            lane.advance()
+            _advance(lane, cuda)
+
+
+def _in_float(waiting: Sequence[Lane], group: set[str]) -> dict[int, torch.Tensor]:
+    """By sample, what the layers of ``group`` are given in the float model, if it came by them."""
+    stops = [(lane.number, lane.twin.stop) for lane in waiting if lane.twin is not None]
+    return {number: stop.x for number, stop in stops if stop is not None and stop.weights[0].name in group}
+
+
+def _advance(lane: Lane, cuda: list[torch.device]) -> None:
+    """The twin goes to its next stop as well, unless it waits for weights that are not packed, and draws the same random numbers,
+    also on ``cuda``."""
+    if lane.twin is not None and not lane.twin.returned:
+        with torch.random.fork_rng(cuda):
+            lane.twin.advance()
+    lane.advance()
 
 
 @contextlib.contextmanager

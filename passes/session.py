@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from qcompile.formats import Scheme, scheme_of
 from qcompile.packing import Packed, known, packed
 from qcompile.rounding.layers import Found, Layer, decoded
 from qcompile.rounding.methods import Method, to_nearest
-from qcompile.rounding.seen import Seen
+from qcompile.rounding.seen import Seen, drift
 from qcompile.store import code_version, the_store
 
 from . import heap
@@ -25,6 +25,12 @@ from .fingerprint import fingerprint
 from .walk import Stop, Weight
 
 ROUNDED = "rounded.json"
+
+Inputs = Sequence[tuple[int, torch.Tensor]]
+"""Numbers of samples, and what a layer is given."""
+
+InFloat = Mapping[int, torch.Tensor]
+"""By number, what the layer is given in the float model, where that came by it."""
 
 
 @dataclass(frozen=True)
@@ -84,29 +90,28 @@ class Session:
             except FingerprintError:
                 self._chain = None
 
-    def serve(self, weights: Sequence[Weight], stops: Sequence[tuple[int, Stop]]) -> None:
-        """Packs ``weights`` for the inputs at the ``stops`` of the samples with these numbers."""
+    def serve(self, weights: Sequence[Weight], stops: Sequence[tuple[int, Stop]], in_float: InFloat) -> None:
+        """Packs ``weights`` for the inputs at the ``stops`` of the samples with these numbers; ``in_float``: what they are in
+        the float model, where it ran as well."""
         self._latest.clear()
-        for outcome in self._outcomes(weights, [(number, stop.x) for number, stop in stops]):
+        for outcome in self._outcomes(weights, [(number, stop.x) for number, stop in stops], in_float):
             self.outcomes[outcome.weight.name] = outcome
         if self._chain is not None:
             self._chain = _digest([self._chain, *(w.name + w.scheme.key for w in weights)])
         self.done([w.name for w in weights])
 
-    def _outcomes(self, weights: Sequence[Weight], inputs: Sequence[tuple[int, torch.Tensor]]) -> list[Outcome]:
+    def _outcomes(self, weights: Sequence[Weight], inputs: Inputs, in_float: InFloat) -> list[Outcome]:
         if self._chain is None:
-            return self._packed(weights, self._made(weights, inputs), None)
+            return self._packed(weights, self._made(weights, inputs, in_float), None)
         parts = {"chain": self._chain, "formats": {w.name: w.scheme.key for w in weights}}
         with the_store().making("calibration", parts) as slot:
             if slot.found is not None and (kept := self._kept(slot.found, weights, parts)) is not None:
                 return kept
-            made = self._packed(weights, self._made(weights, inputs), parts)
+            made = self._packed(weights, self._made(weights, inputs, in_float), parts)
             slot.put(lambda folder: (folder / ROUNDED).write_text(json.dumps([_as_dict(o) for o in made])))
             return made
 
-    def _made(
-        self, weights: Sequence[Weight], inputs: Sequence[tuple[int, torch.Tensor]]
-    ) -> list[tuple[Found, float, float]]:
+    def _made(self, weights: Sequence[Weight], inputs: Inputs, in_float: InFloat) -> list[tuple[Found, float, float]]:
         """What the method finds, with the errors of rounding to nearest and of it; a format that it does not serve is rounded to
         nearest."""
         reasons = [self.method.why_not(w.scheme) for w in weights]
@@ -121,6 +126,8 @@ class Session:
             if reason is None:
                 del found[at]  # only its error was asked for
         heap.trim()
+        if in_float and served:
+            seen = replace(seen, drift=drift(inputs, in_float, weights[0].layer))
         if served:
             found |= zip(served, self.method.pack([layers[at] for at in served], seen), strict=True)
         return [(found[at], near[at], near[at] if at not in served else found[at].error(layer, seen.sample))

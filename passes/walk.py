@@ -84,13 +84,15 @@ class Packer(Protocol):
 class Walk(Interpreter):
     """One call of ``gm``, whose ``products`` are given.
 
-    A packed weight takes the place of the float one at every product, so that later layers see the errors of earlier ones.
-    Values are let go at their last use.
+    A packed weight takes the place of the float one at every product, so that later layers see the errors of earlier ones, or,
+    in a walk ``in_float``, nowhere. Values are let go at their last use.
     """
 
-    def __init__(self, gm: torch.fx.GraphModule, products: Mapping[Node, Product], packer: Packer) -> None:
+    def __init__(
+        self, gm: torch.fx.GraphModule, products: Mapping[Node, Product], packer: Packer, in_float: bool = False
+    ) -> None:
         super().__init__(gm)
-        self._products, self._packer = products, packer
+        self._products, self._packer, self._in_float = products, packer, in_float
 
     def stops(self, inputs: Sequence[Any]) -> Generator[Stop, None, Any]:
         """Runs on ``inputs``, which are copied where the graph may overwrite them, and returns the graph's result. The weights of
@@ -106,13 +108,15 @@ class Walk(Interpreter):
                 del self.env[dead]
 
     def _packs(self, node: Node) -> Generator[Stop, None, None]:
-        """Puts the packed weight of ``node`` in the place of the float one."""
+        """Waits until the weight of ``node`` is packed, and puts it in the place of the float one."""
         product = self._products[node]
         weight = self._weight(product)
         if weight is None:
             return
         while not self._packer.is_packed(weight):
             yield Stop(self._of_one_input(node, product.x), self.env[product.x])
+        if self._in_float:
+            return
         decoded = self._packer.decoded(weight)
         self.env[product.right] = decoded if product.is_linear else decoded.t()
 

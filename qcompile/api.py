@@ -75,9 +75,10 @@ def calibrate(
     ``data``: inputs as those to come, a tensor, a tuple of arguments or a dict of them each, of any lengths: a few thousand
     to a hundred thousand tokens, with little padding. All samples go through the model together, layer by layer, each layer
     seeing what the packed ones before it compute. ``method``: "gptq" (Frantar et al. 2023), "awq" (Lin et al. 2024),
-    "awq+gptq", "smoothquant" (Xiao et al. 2023) or "imatrix" (scales weighted by mean squares, as llama.cpp's). A layer whose
-    format the method does not serve is rounded to nearest, and the table says why. Each finished layer is kept in the cache,
-    so a run that was killed goes on where it was. ``progress``: a bar on stderr (None: on terminals).
+    "awq+gptq", "smoothquant" (Xiao et al. 2023) or "imatrix" (scales weighted by mean squares, as llama.cpp's). For "awq" samples
+    go through the float model as well, which every layer's outputs are to be near to. A layer whose format the method does not
+    serve is rounded to nearest, and the table says why. Each finished layer is kept in the cache, so a run that was killed goes
+    on where it was. ``progress``: a bar on stderr (None: on terminals).
 
     Raises :class:`~qcompile.errors.CalibrationError` without data or without a weight to pack, ``OptionError`` for an unknown
     method, ``PolicyError`` for a bad policy, ``WeightError``, naming layer and sample, for NaN and infinite values. What the

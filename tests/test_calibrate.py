@@ -32,7 +32,7 @@ from qcompile.errors import (
 from qcompile.formats import FormatSpec, Plane, reference, scaled, symbols
 from qcompile.options import Options
 from qcompile.recorder import recorder_of
-from qcompile.rounding import gptq
+from qcompile.rounding import gptq, seen
 from qcompile.rounding.methods import METHODS
 from qcompile.rounding.seen import Seen, outputs, relative_error
 from qcompile.store import COUNTS
@@ -169,19 +169,26 @@ def test_layers_of_one_input_are_packed_together_and_see_earlier_errors() -> Non
     assert found is not None and all(map(torch.equal, by_hand, found.planes))
 
 
-def test_inputs_of_a_layer_are_let_go_before_the_next_layer() -> None:
+@pytest.mark.parametrize("method,count", [("gptq", 6), ("awq", 12)])
+def test_inputs_of_a_layer_are_let_go_before_the_next_layer(method: str, count: int) -> None:
+    """Those of the float model as well, where it goes along."""
     last: list[weakref.ref[torch.Tensor]] = []
-    seen_of = Seen.of
+    seen_of, drift_of = Seen.of, seen.drift
 
     def looking(inputs: Any, layer: str, with_hessian: bool) -> Seen:
         assert all(ref() is None for ref in last), f"inputs of the layer before {layer} are alive"
         last[:] = [weakref.ref(x) for _, x in inputs]
         return seen_of(inputs, layer, with_hessian)
 
+    def looking_aside(inputs: Any, in_float: Any, layer: str) -> torch.Tensor:
+        last.extend(weakref.ref(x) for x in in_float.values())
+        return drift_of(inputs, in_float, layer)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qcompile.passes.session.Seen.of", looking)
-        qcompile.calibrate(Model(), samples(), policy="int4_g32")
-    assert len(last) == 6
+        patch.setattr("qcompile.passes.session.drift", looking_aside)
+        qcompile.calibrate(Model(), samples(), policy="int4_g32", method=method)
+    assert len(last) == count
 
 
 def test_one_sample_gives_what_the_backend_gives_by_itself() -> None:
@@ -214,11 +221,11 @@ def test_the_backend_packs_what_was_found_and_says_so() -> None:
     assert report.count("calibrated by awq") == 6
 
 
-@pytest.mark.parametrize("breaks", ["once", "each"])
-def test_graph_breaks_change_nothing(breaks: str) -> None:
+@pytest.mark.parametrize("breaks,method", [("once", "gptq"), ("each", "gptq"), ("each", "awq")])
+def test_graph_breaks_change_nothing(breaks: str, method: str) -> None:
     """One break, or one in a loop, where Dynamo compiles blocks alone and has one graph for all of them."""
-    whole = qcompile.calibrate(Model(3), samples(), policy="int4_g32")
-    broken = qcompile.calibrate(Model(3, breaks), samples(), policy="int4_g32")
+    whole = qcompile.calibrate(Model(3), samples(), policy="int4_g32", method=method)
+    broken = qcompile.calibrate(Model(3, breaks), samples(), policy="int4_g32", method=method)
     unseen = ("head.weight",) if breaks == "each" else ()  # a layer that Dynamo does not see there
     assert broken.unseen == unseen and set(broken.weights) == set(whole.weights) - set(unseen)
     for name, entry in broken:
@@ -504,15 +511,16 @@ def test_output_errors_are_those_of_the_kernels() -> None:
         assert relative_error(*outputs(x, weight, decoded, scheme.activations, factors)) == pytest.approx(expected, rel=0.02)
 
 
-def test_a_second_run_reads_everything_and_other_data_nothing() -> None:
-    first = qcompile.calibrate(Model(), samples(), policy="int4_g32")
+@pytest.mark.parametrize("method,another", [("gptq", "awq"), ("awq", "gptq")])
+def test_a_second_run_reads_everything_and_other_data_nothing(method: str, another: str) -> None:
+    first = qcompile.calibrate(Model(), samples(), policy="int4_g32", method=method)
     assert COUNTS["calibrated"] == 5 and COUNTS["quantized"] == 7
     COUNTS.clear()
-    again = qcompile.calibrate(Model(), samples(), policy="int4_g32")
+    again = qcompile.calibrate(Model(), samples(), policy="int4_g32", method=method)
     assert same(first, again) and COUNTS["calibrated"] == 0 and COUNTS["quantized"] == 0 and COUNTS["calibration read"] == 5
-    other = qcompile.calibrate(Model(), samples(seed=3), policy="int4_g32")
+    other = qcompile.calibrate(Model(), samples(seed=3), policy="int4_g32", method=method)
     assert COUNTS["calibrated"] == 5 and not same(first, other)
-    qcompile.calibrate(Model(), samples(), policy="int4_g32", method="awq")
+    qcompile.calibrate(Model(), samples(), policy="int4_g32", method=another)
     assert COUNTS["calibrated"] == 10
 
 
@@ -524,8 +532,8 @@ import qcompile
 from qcompile.passes import session
 if len(sys.argv) > 3:
     serve, served = session.Session.serve, []
-    def until(self, weights, stops):
-        serve(self, weights, stops)
+    def until(self, weights, *stops):
+        serve(self, weights, *stops)
         served.append(weights)
         if len(served) == int(sys.argv[3]):
             os.kill(os.getpid(), 9)

@@ -19,6 +19,7 @@ from . import gptq
 from .clip import clipped
 from .layers import Found, Layer, decoded
 from .seen import Seen, as_multiplied
+from .target import aimed
 
 AWQ_GRID = tuple(i / 10 for i in range(11))
 SMOOTH_GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -38,9 +39,11 @@ class Choice:
 
 
 def awq(layers: Sequence[Layer], seen: Seen) -> list[Found]:
-    """Exponents for all layers of one input; then ranges of groups are clipped. Where the format's own search for scales makes
-    smaller errors of the outputs (scales that are powers of two do not follow ranges closely), it is kept."""
+    """Exponents for all layers of one input, aimed at the float model's outputs (:mod:`.target`); then ranges of groups are
+    clipped. Where the format's own search for scales makes smaller errors of the outputs (scales that are powers of two do not
+    follow ranges closely), it is kept."""
     assert seen.hessian is not None
+    layers = aimed(layers, seen)
     choice, found = _awq_choice(layers, seen), []
     for layer in layers:
         scheme = _scaled(layer.scheme)

@@ -83,7 +83,7 @@ class Curvature:
                 return made
             damping *= 10
         raise WeightError(f"{layer}: H = XᵀX has no Cholesky factor even with {STRONGEST:g} times its mean diagonal added, so it "
-                          "is no sum of squares; give the layer other samples, method='awq', or rounding='nearest'")  # fmt: skip
+                          "is no sum of squares; give it other samples, method='imatrix' or rounding='nearest'")  # fmt: skip
 
 
 def _damped(hessian: torch.Tensor, cols: int, damping: float) -> Curvature | None:

@@ -17,12 +17,14 @@ NEAREST = "nearest"
 
 @dataclass(frozen=True)
 class Method:
-    """``why_not(scheme)``: why it cannot serve one, or None. ``pack(layers, seen)`` packs layers that take the same inputs."""
+    """``why_not(scheme)``: why it cannot serve one, or None. ``pack(layers, seen)`` packs layers that take the same inputs, whose
+    H it needs if ``with_hessian``, and what they are in the float model if ``with_float``."""
 
     name: str
     with_hessian: bool
     why_not: Callable[[Scheme], str | None]
     pack: Callable[[Sequence[Layer], Seen], list[Found]]
+    with_float: bool = False
 
 
 def to_nearest(layer: Layer, reason: str) -> Found:
@@ -54,7 +56,7 @@ METHODS = {
     m.name: m
     for m in (
         Method("gptq", True, lambda scheme: gptq.why_not(scheme.format), _by_gptq),
-        Method("awq", True, factors.why_no_factors, factors.awq),
+        Method("awq", True, factors.why_no_factors, factors.awq, with_float=True),
         Method("awq+gptq", True, lambda s: gptq.why_not(s.format) or factors.why_no_factors(s), factors.awq_gptq),
         Method("smoothquant", False, factors.why_no_smoothing, factors.smoothquant),
         Method("imatrix", False, _why_no_importance, _by_importance),

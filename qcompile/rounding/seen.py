@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,8 @@ class Seen:
     """The inputs x ``[rows, K]`` of layers that take the same ones, float32.
 
     ``mean_square``, ``mean_abs`` and ``largest`` ``[K]``: mean of x², mean and maximum of |x|. ``sample`` ``[R, K]``: some of
-    the rows. ``hessian`` ``[K, K]``: Σ x xᵀ, where it was asked for.
+    the rows. ``hessian`` ``[K, K]``: Σ x xᵀ, where it was asked for. ``drift`` ``[K, K]``: as :func:`drift`, where the float
+    model ran as well.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class Seen:
     largest: torch.Tensor
     sample: torch.Tensor
     hessian: torch.Tensor | None
+    drift: torch.Tensor | None = None
 
     @staticmethod
     def of(inputs: Sequence[tuple[int, torch.Tensor]], layer: str, with_hessian: bool) -> Seen:
@@ -56,6 +58,26 @@ class Seen:
                     hessian.addmm_(wide.t(), wide)
         mean_square, mean_abs = (t.div(max(rows, 1)).to(torch.float32) for t in (square, absolute))
         return Seen(rows, mean_square, mean_abs, largest.to(torch.float32), torch.cat(kept), hessian)
+
+
+def drift(inputs: Sequence[tuple[int, torch.Tensor]], in_float: Mapping[int, torch.Tensor], layer: str) -> torch.Tensor:
+    """Σ (x' − x)ᵀ x, float32 ``[K, K]``, over rows x of (number of the sample, x ``[..., K]``), x' those that the float model has
+    ``in_float``, by sample: x itself where that went another way, and has none or another count. Raises
+    :class:`~qcompile.errors.WeightError`, naming ``layer`` and the sample, for NaN or infinite values."""
+    k = inputs[0][1].shape[-1]
+    total = torch.zeros(k, k, device=inputs[0][1].device)
+    for number, x in inputs:
+        exact = in_float.get(number, x)
+        if exact is x or exact.shape != x.shape:
+            continue
+        rows = max(1, CHUNK_ELEMENTS // k)
+        for part, other in zip(x.reshape(-1, k).split(rows), exact.reshape(-1, k).split(rows), strict=True):
+            wide = part.to(torch.float32)
+            off = other.to(torch.float32) - wide
+            if not torch.isfinite(off.sum()):
+                raise WeightError(_not_finite(layer, number, off))
+            total.addmm_(off.t(), wide)
+    return total
 
 
 def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:
