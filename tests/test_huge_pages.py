@@ -22,13 +22,20 @@ pytestmark = pytest.mark.skipif(not SETTING.exists(), reason="needs Linux's huge
 
 def asked(tensor: torch.Tensor) -> bool:
     """Whether the mapping under the middle of ``tensor`` was advised to have huge pages (flag "hg"; see proc(5))."""
-    middle, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+    advised = advised_at(tensor.data_ptr() + tensor.nbytes // 2)
+    assert advised is not None
+    return advised
+
+
+def advised_at(address: int) -> bool | None:
+    """The same of an address; None where nothing is mapped."""
+    inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(found[1], 16) <= middle < int(found[2], 16)
+            inside = int(found[1], 16) <= address < int(found[2], 16)
         elif inside and line.startswith("VmFlags:"):
             return "hg" in line.split()
-    raise AssertionError("the tensor lies in no mapping")
+    return None
 
 
 def largest(planes: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -39,8 +46,19 @@ def test_large_ones_alone() -> None:
     for nbytes, wanted in ((huge_pages.HUGE, False), (64 * huge_pages.HUGE, True)):
         made = huge_pages.empty((nbytes,), torch.uint8, torch.device("cpu"))
         assert made.shape == (nbytes,) and made.untyped_storage().nbytes() == nbytes and made.data_ptr() % 64 == 0
+        assert made._base is None and made.is_contiguous()
         assert asked(made) == wanted
     assert not asked(torch.empty(128 * huge_pages.HUGE, dtype=torch.uint8))
+
+
+def test_what_is_let_go_of_leaves_no_advice_behind() -> None:
+    """Blocks of these sizes come from the heap once larger ones were freed, which stays."""
+    del (large := [torch.zeros(30 << 20, dtype=torch.uint8)])[:]
+    made = [huge_pages.empty((5 * huge_pages.HUGE // 2,), torch.uint8, torch.device("cpu")).fill_(1) for _ in range(4)]
+    assert not large and all(map(asked, made))
+    middles = [m.data_ptr() + m.nbytes // 2 for m in made]
+    made.clear()
+    assert not any(map(advised_at, middles))
 
 
 def test_however_planes_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,16 @@
 """Memory of packed planes: on Linux in huge pages, where the system gives them.
 
 A kernel of few rows does little but read planes. CPUs prefetch up to the end of a page, which comes every 4 KiB in ordinary
-memory and every 2 MiB in huge pages: on one core they are read 3 to 20 % faster.
+memory and every 2 MiB in huge pages: on one core they are read 3 to 20 % faster. The memory is mapped for the tensor alone, for
+what is advised stays so: in a heap, small blocks that come later would take 2 MiB each.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
+import contextlib
+import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -18,14 +19,16 @@ HUGE = 1 << 21
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As ``torch.empty``."""
-    made = torch.empty(shape, dtype=dtype, device=device)
-    real = not torch.compiler.is_compiling() and type(made) is torch.Tensor and made.device.type == "cpu"
-    if real and made.nbytes >= 2 * HUGE and (advise := _madvise()) is not None:
-        start, end = made.data_ptr(), made.data_ptr() + made.nbytes
-        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        advise(first, last - first, mmap.MADV_HUGEPAGE)  # a wish: where the kernel has none, nothing changes
-    return made
+    """As ``torch.empty``; on CPUs large ones start at a page, and their storage cannot be resized."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < 2 * HUGE or not hasattr(mmap, "MADV_HUGEPAGE") or _without_values():
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages; nothing depends on the wish
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    made = torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(0, dtype=dtype).set_(storage, 0, made.shape, made.stride())  # a view has a base, which compilers look at
 
 
 def copy(plane: torch.Tensor) -> torch.Tensor:
@@ -33,10 +36,6 @@ def copy(plane: torch.Tensor) -> torch.Tensor:
     return empty(plane.shape, plane.dtype, plane.device).copy_(plane)
 
 
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    found = ctypes.CDLL(None).madvise
-    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
-    return found  # type: ignore[no-any-return]
+def _without_values() -> bool:
+    """Whether tensors are fake where this is called."""
+    return torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
