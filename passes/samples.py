@@ -20,6 +20,7 @@ from qcompile.recorder import Recorder
 from qcompile.tensor import QuantizedTensor
 from qcompile.tracing import UNLIMITED
 
+from . import heap
 from .calibrate import cuda_of
 from .lanes import Call, Lane, current, lanes
 from .pipeline import TABLE, Compilation, why_unserved
@@ -84,7 +85,7 @@ def calibration(model: nn.Module, calls: Sequence[Call], options: Options, sessi
         # Not left to Dynamo, whose choice depends on what it has seen before, and the names of kept results on the graph.
         dynamic = len({_shapes(call) for call in calls}) > 1
         compiled = torch.compile(root, backend=backend, dynamic=dynamic)
-        with untouched(root), lanes(compiled, calls, twins=session.method.with_float) as waiting:
+        with heap.large_blocks_apart(), untouched(root), lanes(compiled, calls, twins=session.method.with_float) as waiting:
             _run(waiting, session, cuda)
     weights, unserved = {w.name: w for w in session.weights.values()}, backend.unserved
     backend.forget()
