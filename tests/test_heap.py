@@ -1,6 +1,9 @@
 """Pages of freed blocks go back to the system, those of other threads' heaps as well, and large blocks lie in no heap."""
 
 import ctypes
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -44,31 +47,41 @@ def is_apart(nbytes: int) -> bool:
     return mapped() - before >= made.nbytes
 
 
-def test_large_blocks_lie_in_no_heap_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
-        monkeypatch.delenv(name, raising=False)
-    with heap.large_blocks_apart():
-        assert is_apart(2 << 20) and not is_apart(1 << 16)
-    assert not is_apart(2 << 20) and is_apart(64 << 20)
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(heap.MOST))
-    with heap.large_blocks_apart():
-        assert not is_apart(2 << 20)
+def alone(function: str) -> None:
+    """Runs a function of this file in a process whose heap has no large block free, with glibc as it is by itself."""
+    env = {k: v for k, v in os.environ.items() if k not in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")}
+    program = f"import sys; sys.path.insert(0, sys.argv[1]); import test_heap; test_heap.{function}()"
+    done = subprocess.run([sys.executable, "-c", program, str(Path(__file__).parent)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_calibration_takes_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
-        monkeypatch.delenv(name, raising=False)
+def large_blocks() -> None:
     with heap.large_blocks_apart():
-        pass  # from now on they are not, elsewhere
+        assert is_apart(30 << 20) and not is_apart(1 << 16)
+    assert not is_apart(30 << 20) and is_apart(64 << 20)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(heap.MOST)
+    with heap.large_blocks_apart():
+        assert not is_apart(29 << 20)
+
+
+def calibration() -> None:
     found, serve = [], Session.serve
 
     def looks(self: Session, *arguments: Any) -> None:
-        found.append(is_apart(2 << 20))
+        found.append(is_apart(30 << 20))
         serve(self, *arguments)
 
-    monkeypatch.setattr(Session, "serve", looks)
+    Session.serve = looks  # type: ignore[method-assign]
     qcompile.calibrate(torch.nn.Sequential(torch.nn.Linear(64, 64)), [torch.randn(8, 64)], policy="int8", progress=False)
-    assert found == [True] and not is_apart(2 << 20)
+    assert found == [True] and not is_apart(30 << 20)
+
+
+def test_large_blocks_lie_in_no_heap_meanwhile() -> None:
+    alone("large_blocks")
+
+
+def test_calibration_takes_them_apart() -> None:
+    alone("calibration")
 
 
 def test_free_pages_between_blocks_in_use_are_given_back() -> None:
