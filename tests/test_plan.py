@@ -154,7 +154,7 @@ def test_report_shows_every_field_and_totals() -> None:
     assert "bfloat16" in line["head"] and "51.2 kB" in line["head"] and "the weight is tied" in line["head"]
     assert "2 of 5 sites quantized; 56.1% of the linear layers' weights; 117 kB → " in text
     assert "2 × no rule matches" in text and "1 × the weight is tied" in text
-    assert json.loads(Report(PLAN).to_json()) == PLAN.as_dict() | {"cache": dict(COUNTS)}
+    assert json.loads(Report(PLAN).to_json()) == PLAN.as_dict() | {"cache": dict(COUNTS), "products": []}
 
 
 @pytest.mark.parametrize("width", [100, 160])
