@@ -107,7 +107,6 @@ def test_the_faster_way_is_taken_and_kept(seconds: Seconds, monkeypatch: pytest.
     own, planes, _ = drawn("int4_g128", 64, 256)
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     assert isinstance(own.call, Product)
-    ours = own.call._ours
     decoded: list[Any] = []
     monkeypatch.setattr(own.call, "_decode", lambda *a: (decoded.append(a), own._decode(*a)))
     for other, rows, wanted in ((0.5, 64, True), (0.96, 128, False), (2.0, 256, False)):
@@ -115,7 +114,7 @@ def test_the_faster_way_is_taken_and_kept(seconds: Seconds, monkeypatch: pytest.
         decoded.clear()
         own.linear(x.repeat(rows // 64, 1), planes, None, 64)
         assert bool(decoded) is wanted
-    assert COUNTS["timed"] == 3 and ours is not own.call
+    assert COUNTS["timed"] == 3
 
     FOUND.clear()  # a later process
     seconds(float("nan"), float("nan"))
