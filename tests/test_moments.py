@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import qcompile.kernels  # noqa: F401 - names the search in C++
 from qcompile.codegen import cpp_moments
 from qcompile.formats import REGISTRY, FormatSpec, get, moments
 from qcompile.formats.algebra import zero_points
