@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qcompile.formats import Scheme, get
+from qcompile.formats import Scheme, get, huge_pages
 from qcompile.formats.reference import quantize
 from qcompile.kernels import for_scheme
 
@@ -77,7 +77,7 @@ def candidate(name: str, weight: torch.Tensor) -> Candidate:
     kernels = for_scheme(scheme, "cpu")
     planes = quantize(scheme.format, weight)
     nbytes = sum(p.nbytes for p in planes)
-    copies = [[p.clone() for p in planes] for _ in range(_copies(nbytes))]
+    copies = [list(map(huge_pages.copy, planes)) for _ in range(_copies(nbytes))]
     calls = [functools.partial(kernels.linear, planes=c, bias=None, n=weight.shape[0]) for c in copies]
     own = getattr(kernels, "inner", kernels)  # of a permuted format
     return Candidate(name, nbytes, calls, lambda rows: own.variant(rows, weight.dtype))
