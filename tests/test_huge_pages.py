@@ -15,6 +15,7 @@ import qcompile
 from qcompile.formats import get, huge_pages, reference
 from qcompile.formats.layout import pages
 from qcompile.packing import known, packed
+from qcompile.store import COUNTS
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 pytestmark = pytest.mark.skipif(not SETTING.exists(), reason="needs Linux's huge pages")
@@ -77,6 +78,21 @@ def test_however_planes_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     copied.own_planes_()
     for planes in (quantized, read.planes, owned.planes, copied.planes):
         assert asked(largest(planes)) and all(torch.equal(a, b) for a, b in zip(planes, quantized, strict=True))
+
+
+def test_of_compiled_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that the backend packs, and those that it finds packed before."""
+    monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path))
+    weight = torch.randn(8192, 8192) / 90
+    for read in (0, 1):
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.Linear(8192, 8192, bias=False))
+        model[0].weight.data.copy_(weight)
+        before = COUNTS["packed read"]
+        with torch.no_grad():
+            torch.compile(model, backend="qcompile", options={"policy": "int8"})(torch.zeros(1, 8192))
+        assert COUNTS["packed read"] - before == read
+        assert asked(largest(model[0].weight.planes))
 
 
 def test_caches_of_keys_and_values() -> None:

@@ -37,5 +37,5 @@ def copy(plane: torch.Tensor) -> torch.Tensor:
 
 
 def _without_values() -> bool:
-    """Whether tensors are fake where this is called."""
-    return torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
+    """Whether tensors are fake where this is called: not in a backend, which Dynamo calls with real ones."""
+    return torch.compiler.is_dynamo_compiling() or type(torch.empty(0)) is not torch.Tensor
