@@ -11,15 +11,16 @@ import torch
 
 from qcompile.codegen.cpp import CpuKernels, cpu_kernels
 from qcompile.errors import FormatError, LayoutError
-from qcompile.formats import ALL, REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, scaled, symbols
+from qcompile.formats import ALL, REGISTRY, ROW, Codebook, FormatSpec, Plane, Scheme, get, scaled, symbols
 from qcompile.formats.layout import pack_plane
 from qcompile.formats.reference import decode, quantize
 from qcompile.kernels import Kernels, for_scheme
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-ROWS = (0, 1, 3, 16, 65, 300)
+ROWS = (0, 1, 3, 16, 24, 65, 300)
 SHAPES = ((37, 100), (64, 384))
+TURNS = {"int8": 4, "int4_g128": 4, "nf4_g64": 4, "fp8_e4m3": 2, "Q8_0": 4, "Q4_K": 1, "Q4_K+int8": 2, "int8+int8": 4}
 q, scale, zero, d, sc = symbols("q scale zero d sc")
 NF4 = Codebook("NF4", tuple(torch.linspace(-1, 1, 16).pow(3).tolist()))
 BOOK = Codebook("BOOK", tuple(torch.linspace(-3, 5, 256).sin().tolist()))
@@ -139,6 +140,23 @@ def test_linear_of_registered_formats(scheme: Scheme) -> None:
         for rows in ROWS:
             for i, dtype in enumerate(DTYPES):
                 check_linear(kernels, scheme, planes, weight, rows, dtype, biased=(rows + i) % 2 == 0)
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_rows_that_take_turns_each_get_what_they_get_alone(name: str) -> None:
+    """Bit for bit, for every number of rows that a kernel of few rows serves; a panel may sum in another order."""
+    fmt, _, activations = name.partition("+")
+    scheme = Scheme(get(fmt), activations or None)
+    kernels, planes = for_scheme(scheme, "cpu"), quantize(scheme.format, torch.randn(40, 256))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(128, 256).to(dtype)
+        whole = kernels.linear(x[:16], planes, None, 40)
+        for rows in (17, 24, 31, 33, 48, 61, 64):
+            if variant(kernels, rows, dtype) == variant(kernels, 16, dtype):
+                assert torch.equal(kernels.linear(x[:rows], planes, None, 40)[:16], whole)
+        most = {rows for rows in range(17, 129) if variant(kernels, rows, dtype) == variant(kernels, 16, dtype)}
+        if torch.backends.cpu.get_cpu_capability() == "AVX512":
+            assert len(most) == 16 * (TURNS[name] - 1) and most == set(range(17, 17 + len(most)))
 
 
 @pytest.mark.parametrize("spec", FACTORS, ids=lambda s: s.name)

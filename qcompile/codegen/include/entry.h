@@ -47,7 +47,7 @@ struct Prepared {
   bool few, direct, sums;
   int width;         // rows interleaved for the kernel of few rows; 1: rows follow each other
   X* x;              // rows of x as D wants them; the caller's own if `direct`
-  int32_t* packed;   // [k / WORD][width]
+  int32_t* packed;   // [turns][k / WORD][width]
   float *scales, *float_sums, *own;
   int32_t* int_sums;
   char* ordered;     // of each thread: the rows that it takes together, in the weight's order
@@ -55,7 +55,7 @@ struct Prepared {
 
   Prepared(const Job& job, const Input& in) {
     few = job.m <= most_rows<F>();
-    width = few ? width_of(job.m) : 1;
+    width = few ? width_of<F>(job.m) : 1;
     sums = needs_sums<D, F>(!few && scaled<F, D>());
     size = job.dtype == FLOAT32 ? 4 : 2;
     together = in.order && job.m >= TOGETHER * job.threads ? TOGETHER : 1;
@@ -63,9 +63,11 @@ struct Prepared {
              (WORD == 1 ? job.dtype == FLOAT32 : job.dtype == BFLOAT16);
   }
 
+  int64_t turns(const Job& job) const { return (job.m + width - 1) / width; }
+
   void take(Scratch& scratch, const Job& job, const Input& in) {
     x = direct ? (X*)in.x : scratch.take<X>(job.m * job.k);
-    packed = scratch.take<int32_t>(width > 1 ? width * job.k / WORD : 0);
+    packed = scratch.take<int32_t>(width > 1 ? turns(job) * width * job.k / WORD : 0);
     scales = scratch.take<float>(F::ACTIVATIONS == AS_GIVEN ? 0 : job.m);
     float_sums = scratch.take<float>(sums ? job.m * job.spans : 0);
     int_sums = scratch.take<int32_t>(sums ? job.m * job.spans : 0);
@@ -100,8 +102,11 @@ struct Prepared {
   // rows, because neighbours in `packed` share cache lines.
   void interleave(const Job& job, const Input& in, int64_t from, int64_t to) {
     const int64_t stride = (direct ? in.stride : job.k) / WORD;
-    for (int64_t i = from; i < to; ++i)
-      for (int64_t m = 0; m < width; ++m) packed[i * width + m] = m < job.m ? ((const int32_t*)x)[m * stride + i] : 0;
+    for (int64_t first = 0; first < job.m; first += width) {
+      int32_t* out = packed + (first * (job.k / WORD)) + from * width;
+      for (int64_t i = from; i < to; ++i)
+        for (int64_t m = first; m < first + width; ++m) *out++ = m < job.m ? ((const int32_t*)x)[m * stride + i] : 0;
+    }
   }
 
   static float convert_any(const void* from, int64_t k, const Job& job, X* out) {

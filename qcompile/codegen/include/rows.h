@@ -1,4 +1,4 @@
-// Few rows of x: every weight is read once, decoded in registers and multiplied by all rows. Bound by memory.
+// Few rows of x: every weight is read once from memory, decoded in registers and multiplied by all rows. Bound by memory.
 namespace {
 
 constexpr int AHEAD = 8192;  // bytes of codes: hardware alone does not look far enough past a page and a tile
@@ -30,15 +30,15 @@ QC_INLINE void add_span(const typename F::Planes& a, const int32_t* x, int64_t f
 QC_INLINE vf as_float(vf a) { return a; }
 QC_INLINE vf as_float(vi a) { return to_float(a); }
 
-// Sixteen outputs of MR rows: Σ over spans of coeff * Σ x*gen + offset * Σ x.
+// Sixteen outputs of MR rows from `first` on: Σ over spans of coeff * Σ x*gen + offset * Σ x.
 template <class F, class D, int MR>
-QC_INLINE void row_tile(const Job& job, const Layer& layer, const typename F::Planes& a, int64_t t) {
+QC_INLINE void row_tile(const Job& job, const Layer& layer, const typename F::Planes& a, int64_t t, int64_t first) {
   constexpr int CH = chains(MR, F::BLOCK / D::K, F::SPAN / D::K);
-  const int32_t* x = job.x;
+  const int32_t* x = job.x + first * (job.k / D::K);
   int64_t row[MR];
   vf total[MR];
   QC_UNROLL for (int m = 0; m < MR; ++m) {
-    row[m] = m < job.m ? m : job.m - 1;
+    row[m] = first + m < job.m ? first + m : job.m - 1;
     total[m] = splat(0.0f);
   }
   const int64_t span = span_of<F>(job.k);
@@ -57,7 +57,7 @@ QC_INLINE void row_tile(const Job& job, const Layer& layer, const typename F::Pl
     }
   }
   QC_UNROLL for (int m = 0; m < MR; ++m)
-    if (m < job.m) finish(job, layer, m, t, total[m]);
+    if (first + m < job.m) finish(job, layer, first + m, t, total[m]);
 }
 
 // Called by every thread of a parallel region.
@@ -69,27 +69,35 @@ static void rows(const Job& job) {
   for (int64_t task = 0; task < tiles; ++task) {
     int64_t t = task;
     const Layer& layer = job.layer_of(t, LANES);
-    row_tile<F, D, MR>(job, layer, F::tile(F::of(layer.planes), t, job.k), t);
+    const typename F::Planes a = F::tile(F::of(layer.planes), t, job.k);
+    for (int64_t first = 0; first < job.m; first += MR) row_tile<F, D, MR>(job, layer, a, t, first);
   }
 }
 
-// Most rows of x that this kernel serves: what the register file holds, running totals included where scales change.
+// Most rows of x in one turn: what the register file holds, running totals included where scales change.
 template <class F>
-constexpr int64_t most_rows() { return QC_BYTES == 64 ? 16 : QC_BYTES == 32 ? (F::SPAN ? 3 : 4) : 2; }
+constexpr int64_t most_at_once() { return QC_BYTES == 64 ? 16 : QC_BYTES == 32 ? (F::SPAN ? 3 : 4) : 2; }
+
+// Most rows of x that this kernel serves. More than fit at once take turns at a tile, which all but the first find in the
+// second-level cache.
+template <class F>
+constexpr int64_t most_rows() { return most_at_once<F>() * (QC_BYTES == 64 ? F::TURNS : 1); }
 
 constexpr int next_width(int width) { return width + (width < 4 ? 1 : width < 8 ? 2 : 4); }
 
-// Rows of the kernel that serves m rows: x is interleaved for that many.
+// Rows of a turn when m rows take as few turns as they can: x is interleaved for that many.
+template <class F>
 constexpr int width_of(int64_t m) {
+  const int64_t turns = (m + most_at_once<F>() - 1) / most_at_once<F>();
   int width = 1;
-  while (width < m) width = next_width(width);
+  while (width * turns < m) width = next_width(width);
   return width;
 }
 
 template <class F, class D, int MR = 1>
 static void few_rows(const Job& job) {
-  if (width_of(job.m) == MR) return rows<F, D, MR>(job);
-  if constexpr (MR < most_rows<F>()) few_rows<F, D, next_width(MR)>(job);
+  if (width_of<F>(job.m) == MR) return rows<F, D, MR>(job);
+  if constexpr (MR < most_at_once<F>()) few_rows<F, D, next_width(MR)>(job);
 }
 
 }  // namespace
