@@ -65,7 +65,7 @@ class _Struct:
 
     def _turns(self) -> int:
         """How often a tile may be decoded before a panel is faster, which is decoded once, but written and read again (measured
-        on Zen 5 in turns of 16 rows, from 17 rows to 128). What counts is how seldom scales change, and how little decoding is."""
+        on Zen 5, turns of 16 rows, 17 to 128 rows). What counts is how seldom scales change, and how little decoding is."""
         code = self.spec.code
         seldom, often = self.span == 0 or self.span >= 64, 0 < self.span < 32
         bytewise = self.linear is not None and code.bits == 8 and not often
