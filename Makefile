@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.26.0
 QUESTION ?= all
-PEERS ?= gptqmodel optimum logbar tokenicer device-smi defuser pypcre threadpoolctl accelerate
+PEERS ?= gptqmodel optimum logbar tokenicer device-smi defuser pypcre threadpoolctl accelerate llama-cpp-python diskcache
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -32,7 +32,7 @@ unit: $(READY)
 # Libraries whose own files ours are held against. They ask for other versions than they need, so they come without what they
 # ask for, and lie apart: transformers behaves otherwise when it finds them.
 peers: $(VENV)/.ready-peers
-	PYTHONPATH=$(VENV)/peers GPTQMODEL_CPU_WORKERS=2 $(BIN)/pytest tests/test_checkpoints_integer.py tests/test_checkpoints_save.py -k "gptqmodel or exports_load"
+	PYTHONPATH=$(VENV)/peers GPTQMODEL_CPU_WORKERS=2 $(BIN)/pytest tests/test_checkpoints_integer.py tests/test_checkpoints_save.py tests/test_checkpoints_gguf.py -k "gptqmodel or exports_load or llama_cpp"
 
 bench: $(VENV)/.ready-bench
 	$(BIN)/python -m benchmarks $(QUESTION)
@@ -52,7 +52,7 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/torchvision '$(TORCHVISION)'
 	touch $@
 
-$(VENV)/.ready-peers: $(READY)
+$(VENV)/.ready-peers: $(READY) Makefile
 	BUILD_CUDA_EXT=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target $(VENV)/peers $(PEERS)
 	touch $@
 
