@@ -1,4 +1,4 @@
-"""How long from the call to the first token, in a first process and in later ones? Layers of Qwen3-0.6B's shape."""
+"""How long from the call to the first token, in a first process and in later ones? All layers of Qwen3-0.6B's shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import tempfile
 from typing import Any
 
-LAYERS = 8
+LAYERS = 28
 POLICIES = ("bf16", "int8", "int4", "nf4", "Q4_K")
 ROUNDS = 7
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -40,6 +41,12 @@ def hint(size: object) -> int:
 
 def source(node: Node) -> str:
     """``"file:line"`` of the innermost line outside PyTorch that the node was traced from; empty when none is known."""
-    frames = FRAME.findall(node.meta.get("stack_trace") or "")
+    return _own_line(node.meta.get("stack_trace") or "")
+
+
+@functools.lru_cache(maxsize=256)
+def _own_line(trace: str) -> str:
+    """The layers of a model have the same traces, one after the other."""
+    frames = FRAME.findall(trace)
     own = [f"{path}:{line}" for path, line in frames if not path.startswith(LIBRARY)]
     return own[-1] if own else ""

@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from qcompile import handover
 from qcompile.guards import exchange_guards
 from qcompile.packing import Packed, known
 from qcompile.store import code_version, the_store
@@ -35,8 +36,11 @@ SAME = "plan.json"
 _traced_float: str | None = None
 """What the graph is named by whose weights are being packed; Dynamo compiles one frame at a time, under a lock."""
 
-_mapped: list[nn.Parameter] = []
+_mapped: list[QuantizedTensor] = []
 """Parameters whose planes are mapped from files while Dynamo holds the float ones."""
+
+_floats: list[torch.Tensor] = []
+"""Aliases of these."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def foresee(gm: fx.GraphModule, inputs: Sequence[Any], conversions: Sequence[Con
         return None
     _traced_float = None
     _mapped.extend(c.traced for c, before in zip(found, conversions, strict=True) if before.packed is None)  # type: ignore[misc]
+    _floats.extend(c.slots[0].get().data for c in conversions)  # type: ignore[union-attr]
     exchanged, fakes = [parameters.get(id(v), v) for v in inputs], list(inputs)
     for at, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         if exchanged[at] is not inputs[at]:
@@ -99,11 +104,13 @@ def retraced(gm: fx.GraphModule) -> None:
 
 
 def end() -> None:
-    """At the end of a compilation: Dynamo holds no float weights any more, and planes get memory of their own."""
+    """At the end of a compilation: Dynamo holds no float weights any more."""
     global _traced_float
     _traced_float = None
-    while _mapped:
-        _mapped.pop().own_planes_()  # type: ignore[attr-defined]
+    if _mapped:
+        handover.later(_floats.copy(), _mapped.copy())
+    _floats.clear()
+    _mapped.clear()
 
 
 def _fake(parameter: QuantizedTensor, mode: FakeTensorMode) -> QuantizedTensor:

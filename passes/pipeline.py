@@ -16,7 +16,7 @@ from qcompile.dtensor import packed_in
 from qcompile.dtensor import why_not as why_undivided
 from qcompile.errors import KernelBuildError
 from qcompile.formats import Scheme, register_scheme
-from qcompile.kernels import attention_for, begin, for_key
+from qcompile.kernels import attention_for, begin, for_key, prepare
 from qcompile.options import Options
 from qcompile.owners import Owners, Slot, slot_at
 from qcompile.plan import Decision, Plan, Record, Site
@@ -61,17 +61,18 @@ class Compilation:
         recorder: Recorder | None = None,
         owners: Owners | None = None,
     ) -> None:
+        self.device = _device(example_inputs)
+        prepare(self.device.type)
         self.gm, self.flat, self.options = gm, inlined(gm), options
         self.training = Training(gm, self.flat, options.qat)
         fitted = options.rounding == "gptq" or options.calibration is not None
         self.rounding: dict[str, str] | None = {} if fitted else None
-        self.owners = owners or Owners()
+        self.owners = owners or Owners(example_inputs)
         self.look_at(example_inputs)
         self.root = self.owners.root(self.parameters[0]) if self.parameters else None
         self.recorder = recorder or recorder_of(self.root)
         self.sites = discover(self.flat, self.example_inputs, self.owners.name)
         self.recorder.tunes |= tunes(self.sites, self.values, self.root, self.recorder)
-        self.device = _device(self.values.values())
         self.target = target.of(self.device)
         self.recorder.policy = options.policy.resolved(self.target)
 

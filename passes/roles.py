@@ -112,6 +112,8 @@ def _lm_head(graph: Graph, roles: Roles) -> None:
 def _router(graph: Graph, attentions: list[Attention], roles: Roles) -> None:
     """A linear with fewer results than inputs, of which the largest are chosen, and the choice is used in the graph: what decides
     which experts a token is given to."""
+    if not any(op_name(n) in CHOICES for n in graph.nodes):
+        return
     stop = barrier(graph, attentions)
     for node, linear in graph.linears.items():
         if roles[node] or linear.shape is None or linear.shape[0] > linear.shape[1]:

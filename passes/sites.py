@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.fx import Node
 
@@ -51,6 +51,8 @@ class Graph:
     embeddings: dict[Node, Embedding]
     operands: dict[Node, Operand]
     """Weight operands of every matrix product, of activations too."""
+    projected: dict[Node, tuple[set[Node], set[Node], set[Node]]] = field(default_factory=dict)
+    """What :func:`projections` found, by attention's node."""
 
 
 def find_attention(graph: Graph) -> list[Attention]:
@@ -121,8 +123,11 @@ def projections(
     attention: Attention, graph: Graph, attentions: list[Attention]
 ) -> tuple[set[Node], set[Node], set[Node]]:
     """The linears that q, k and v come from, seen through views, rotary embeddings, norms, cache writes."""
+    if (known := graph.projected.get(attention.node)) is not None:
+        return known
     stop = barrier(graph, attentions)
     q, k, v = (
         {n for n in ancestors([start], stop) if n in graph.linears} for start in (attention.q, attention.k, attention.v)
     )
+    graph.projected[attention.node] = q, k, v
     return q, k, v

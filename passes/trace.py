@@ -73,7 +73,10 @@ def example(node: Node) -> object:
 
 def is_size(node: Node) -> bool:
     """Whether the node is a tensor's size or arithmetic of sizes: a way along it carries no values."""
-    scalar = isinstance(example(node), (int, float, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool))
+    value = example(node)
+    if isinstance(value, torch.Tensor):
+        return False
+    scalar = isinstance(value, (int, float, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool))
     return scalar or op_name(node) in SHAPE_QUERIES
 
 
@@ -180,7 +183,8 @@ def ancestors(starts: Iterable[object], stop: Callable[[Node], bool]) -> Iterato
     queue: list[tuple[Node, Node | None]] = [(n, None) for n in starts if isinstance(n, Node)]
     while queue:
         node, reader = queue.pop()
-        key = (node, None if data_inputs(node) else reader)
+        inputs = data_inputs(node)
+        key = (node, None if inputs else reader)
         if key in seen:
             continue
         seen.add(key)
@@ -188,16 +192,15 @@ def ancestors(starts: Iterable[object], stop: Callable[[Node], bool]) -> Iterato
             yield node
         yielded.add(node)
         if not stop(node):
-            queue += [(n, node) for n in _sources(node, reader)]
+            queue += [(n, node) for n in _sources(node, inputs, reader)]
 
 
-def _sources(node: Node, reader: Node | None) -> list[Node]:
-    inputs = data_inputs(node)
+def _sources(node: Node, inputs: list[Node], reader: Node | None) -> list[Node]:
     if not inputs:
         return _copied_into(node, reader)
     root = node
-    while op_name(root) in SLICES and data_inputs(root):
-        root = data_inputs(root)[0]
+    while op_name(root) in SLICES and (taken := data_inputs(root)):
+        root = taken[0]
     if root is not node and not data_inputs(root) and (copied := _copied_into(node, None)):
         return copied
     return inputs

@@ -8,7 +8,7 @@ of layers costs more on each call than all other guards together.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,12 +38,13 @@ def drop_plane_guards(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -
     if not packed:
         return 0
     guards = context.guards_context.dynamo_guards
-    redundant = [g for g in guards if _redundant(g, packed)]
+    belongs = _inside(packed)
+    redundant = [g for g in guards if _redundant(g, packed, belongs)]
     for guard in redundant:
         guards.inner.discard(guard)
     shapes = getattr(context.fake_mode, "shape_env", None)
     if shapes is not None and shapes.tracked_fakes:  # whose symbols Dynamo looks for, tensor by tensor: those have none
-        shapes.tracked_fakes[:] = [t for t in shapes.tracked_fakes if not (_belongs(t.source, packed) and _fixed(t.fake))]
+        shapes.tracked_fakes[:] = [t for t in shapes.tracked_fakes if not (belongs(t.source) and _fixed(t.fake))]
     return len(redundant)
 
 
@@ -57,7 +58,8 @@ def exchange_guards(gm: torch.fx.GraphModule, inputs: Sequence[Any], parameters:
     new = {getattr(node, "_dynamo_source", None): parameters[id(value)]
            for node, value in zip(placeholders, inputs, strict=True) if id(value) in parameters}  # fmt: skip
     sources = set(new)
-    guards = [g for g in context.guards_context.dynamo_guards if _belongs(g.originating_source, sources)]
+    belongs = _inside(sources)
+    guards = [g for g in context.guards_context.dynamo_guards if belongs(g.originating_source)]
     found = [(g, new[g.originating_source]) for g in guards if _matches_tensor(g) and g.originating_source in sources]
     others = {g.create_fn_name() for g in guards} - {"TENSOR_MATCH", "DUPLICATE_INPUT"}
     if None in sources or len(found) != len(new) or others:
@@ -71,17 +73,24 @@ def _matches_tensor(guard: Guard) -> bool:
     return guard.create_fn_name() == "TENSOR_MATCH" and isinstance(guard.create_fn, functools.partial)
 
 
-def _redundant(guard: Any, packed: set[Any]) -> bool:
+def _redundant(guard: Any, packed: set[Any], belongs: Callable[[Any], bool]) -> bool:
     if guard.originating_source in packed:
         return guard.create_fn_name() in IMPLIED
-    return _belongs(guard.originating_source, packed)
+    return belongs(guard.originating_source)
 
 
-def _belongs(source: Any, packed: set[Any]) -> bool:
-    """Whether ``source`` is a packed parameter or inside one."""
-    while source is not None and source not in packed:
-        source = getattr(source, "base", None)
-    return source is not None
+def _inside(packed: set[Any]) -> Callable[[Any], bool]:
+    """A function of a source, asked of thousands that have most of their way in common: whether it is one of ``packed`` or of
+    something inside one."""
+    known: dict[int, bool] = {id(None): False}  # by identity: sources live as long as their trace, and hash slowly
+
+    def belongs(source: Any) -> bool:
+        found = known.get(id(source))
+        if found is None:
+            found = known[id(source)] = source in packed or belongs(getattr(source, "base", None))
+        return found
+
+    return belongs
 
 
 def _fixed(fake: Any) -> bool:

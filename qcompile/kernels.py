@@ -183,6 +183,16 @@ def for_key(key: str, device_type: str) -> Kernels:
         raise
 
 
+@functools.cache
+def prepare(device_type: str) -> None:
+    """Finds out, beside what this thread does next, what kernels of every scheme depend on: of which version the compiler is."""
+    if device_type == "cpu":
+        from .codegen import cpp_build, cpp_call
+
+        flags = [cpp_call.flags(), cpp_build.FLAGS + cpp_build.ISA_FLAGS["native"]]
+        threading.Thread(target=cpp_build.ready, args=(flags,), daemon=True).start()
+
+
 _begun: dict[tuple[str, str], Future[Kernels]] = {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from torch.fx import Node
@@ -14,7 +15,11 @@ def module_name(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
+    return _plain(str(stack[next(reversed(stack))][0]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plain(path: str) -> str:
     path = re.sub(r"^[LG]\['(?:args'\]\[\d+|[^']*')\]\.?", "", path)
     path = re.sub(r"\.slice\([^)]*\)", "", path)
     path = re.sub(r"(?:\._modules)?\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import compress
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
+
+from .collector import paused
+
+TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 @dataclass(frozen=True)
@@ -26,13 +34,18 @@ class Slot:
 
 
 class Owners:
-    """Index of all modules alive: parameter → slots, module → parents. Holds strong references; keep it briefly."""
+    """Index of modules: parameter → slots, module → parents. Holds strong references; keep it briefly.
 
-    def __init__(self) -> None:
+    ``tensors``: inputs of a graph, whose models are enough; None: of all modules alive, which takes longer to find.
+    """
+
+    @paused()
+    def __init__(self, tensors: Iterable[object] | None = None) -> None:
         self.slots: dict[int, list[Slot]] = {}
         self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
         self._names: dict[int, dict[int, str]] = {}
-        for module in _modules_alive():
+        modules = _around(tensors) if tensors is not None else None
+        for module in modules if modules is not None else _modules_alive():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     self.slots.setdefault(id(parameter), []).append(Slot(module, name))
@@ -95,16 +108,55 @@ def _is_compile_wrapper(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule)
 
 
-def _modules_alive() -> Iterator[nn.Module]:
-    """Half a million objects live beside PyTorch: the interpreter sorts them out by type without running a line for each."""
+def _around(tensors: Iterable[object]) -> list[nn.Module] | None:
+    """The modules of the trees that hold all parameters among ``tensors``, as PyTorch's functions that are being run know them;
+    None where some is in none, or another module may hold a tree, such as the model that a compiled part was taken out of."""
+    wanted = {id(t) for t in tensors if isinstance(t, nn.Parameter)}
+    variables = _variables()
+    modules = _below(variables)
+    held = {id(p): module for module in modules for p in module._parameters.values()}
+    if not wanted <= held.keys():
+        return None
+    children = {id(child) for module in modules for child in module._modules.values()}
+    roots = [m for m in modules if id(m) not in children and any(id(p) in wanted for p in m.parameters())]
+    known = {id(module._modules) for module in modules} | set(map(id, variables))
+    holders = gc.get_referrers(*roots, *map(unwrapped, roots)) if roots else []
+    others = (h for h in holders if isinstance(h, dict) and id(h) not in known)
+    return None if any(all(v is None or issubclass(type(v), nn.Module) for v in h.values()) for h in others) else modules
+
+
+def _modules_alive() -> list[nn.Module]:
+    """Half a million objects live beside PyTorch: the interpreter sorts them out by type without running a line for each. Those
+    that ``gc.freeze()`` has taken off its list are found where PyTorch's functions that are being run know them."""
     classes, waiting = {nn.Module}, [nn.Module]
     while waiting:
         new = set(type.__subclasses__(waiting.pop())) - classes
         classes |= new
         waiting += new
     objects = gc.get_objects()
-    found = compress(objects, map(classes.__contains__, map(type, objects)))
-    return (module for module in found if "_parameters" in module.__dict__)
+    found: list[nn.Module] = [*compress(objects, map(classes.__contains__, map(type, objects)))]
+    if gc.get_freeze_count():
+        found += _below(_variables())
+    return [module for module in {id(m): m for m in found}.values() if "_parameters" in module.__dict__]
+
+
+def _variables() -> list[Mapping[str, Any]]:
+    """Those of PyTorch's functions that are being run in this thread, and of the frame that is compiled, which Dynamo has among
+    them. To look at those of other functions would keep what they hold alive until they return."""
+    found: list[Mapping[str, Any]] = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(TORCH):
+            found += [frame.f_locals, *(v for v in frame.f_locals.values() if type(v) is dict)]
+        frame = frame.f_back
+    return found
+
+
+def _below(variables: Iterable[Mapping[str, Any]]) -> list[nn.Module]:
+    """The modules among ``variables``, and those inside."""
+    values = (value for each in variables for value in list(each.values()))
+    tops = {id(v): v for v in values if issubclass(type(v), nn.Module) and "_parameters" in v.__dict__}
+    return [*{id(m): m for top in tops.values() for m in top.modules()}.values()]
 
 
 def find(root: nn.Module, path: str) -> nn.Module | None:

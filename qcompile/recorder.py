@@ -22,10 +22,14 @@ class Recorder:
     def __init__(self) -> None:
         self.tunes = False
         self.unfrozen: set[str] = set()
-        self.plan = Plan()
         self.policy: Policy | None = None
         self.failures: dict[str, str] = {}
         self.graphs: list[Picture] = []
+        self._records: dict[tuple[str, str], Record] = {}
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(tuple(self._records.values()))
 
     def saw(self, graph: Picture) -> None:
         """Keeps the picture of a graph; of graphs that differ in sizes alone, compiled again for other ones, the latest."""
@@ -35,14 +39,14 @@ class Recorder:
 
     def add(self, *records: Record) -> None:
         """For a site that was recorded before, the latest record stands."""
-        self.plan = self.plan.merge(records)
+        self._records |= {r.decision.site.key: r for r in records}
 
     def find(self, site: Site) -> Record | None:
         """The record of a site of this name and operator."""
-        return next((r for r in self.plan if r.decision.site.key == site.key), None)
+        return self._records.get(site.key)
 
     def sites(self) -> Iterable[Site]:
-        return (r.decision.site for r in self.plan)
+        return (r.decision.site for r in self._records.values())
 
 
 def _nodes(graph: Picture) -> list[tuple[str, str, str]]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import ops
+from . import handover, ops
 from .errors import ShardError, UnsupportedOnTensorError
 from .formats import Scheme, find, huge_pages, reference, register_scheme, scheme_of
 from .formats.layout import check_planes, matrix_shape
@@ -56,6 +56,8 @@ class QuantizedTensor(torch.Tensor):
     @property
     def planes(self) -> list[torch.Tensor]:
         """The stored planes in spec order; see :mod:`qcompile.formats.layout` for their shapes."""
+        if not torch.compiler.is_dynamo_compiling():
+            handover.settle()  # else what is done to planes could be done to those that another thread is replacing
         return [getattr(self, f"_{name}") for name in self.scheme.format.part_names]
 
     @property
@@ -64,7 +66,8 @@ class QuantizedTensor(torch.Tensor):
         return sum(p.nbytes for p in self.planes)
 
     def own_planes_(self) -> None:
-        """Copies planes that are mapped from a file into memory of their own, which starts at a cache line."""
+        """Copies planes that are mapped from a file into memory of their own, which starts at a cache line; compiled code may
+        read them meanwhile."""
         for name in self.scheme.format.part_names:
             setattr(self, f"_{name}", huge_pages.copy(getattr(self, f"_{name}")))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import expert_views, experts, ops, tensor_parts
+from . import expert_views, experts, handover, ops, tensor_parts
 from .errors import UnsupportedOnTensorError
 from .experts import implements
 from .formats import reference
@@ -217,6 +217,7 @@ def _set_data(w: QuantizedTensor, value: torch.Tensor) -> None:
     made = value if type(value) is type(w) else w.with_planes(_packed_as(w, _float(value)), dtype=value.dtype)
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.data.__set__(w, made)  # type: ignore[attr-defined]
+    handover.settle()
     for name in w.scheme.format.part_names:
         setattr(w, f"_{name}", getattr(made, f"_{name}"))
 

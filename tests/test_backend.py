@@ -1,9 +1,11 @@
 """One line, end to end: every way of compiling gives each model its own packed weights and its own results."""
 
 import copy
+import gc
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -239,6 +241,40 @@ def test_a_function_and_a_method() -> None:
     assert_right(method, method, x)
 
 
+def test_a_part_called_outside_its_model_has_its_name_there() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = stack(0), nn.Linear(64, 10, bias=False)
+            self.head.weight = self.inner.head.weight
+
+    model, x = Outer().eval(), torch.randn(4, 64)
+    assert_right(model.inner, torch.compile(model.inner, backend="qcompile", options={"policy": "int8"}), x)
+    assert {r.decision.site.name.split(".")[0] for r in recorder_of(model).plan} == {"inner"}
+    assert model.head.weight is model.inner.head.weight and isinstance(model.head.weight, QuantizedTensor)
+
+
+@pytest.mark.parametrize("call", ["module", "function"])
+def test_modules_that_the_garbage_collector_has_frozen(call: str) -> None:
+    model, x = stack(0), torch.randn(4, 64)
+    given = model if call == "module" else lambda x: model(x)
+    gc.freeze()
+    try:
+        torch.compile(given, backend="qcompile", options={"policy": "int8"})(x)
+    finally:
+        gc.unfreeze()
+    assert len(packed_names(model)) == 7
+
+
+def test_variables_of_callers_are_not_kept() -> None:
+    compiled, x = torch.compile(stack(0), backend="qcompile", options={"policy": "int8"}), torch.randn(4, 64)
+    value = torch.ones(4)
+    ref = weakref.ref(value)
+    compiled(x)
+    del value
+    assert ref() is None
+
+
 def test_inference_mode() -> None:
     model, x = stack(0), torch.randn(4, 64)
     compiled = torch.compile(model, backend="qcompile", options={"policy": "int4"})
@@ -272,9 +308,6 @@ def test_weights_keep_and_restore() -> None:
 
 
 def test_float_originals_are_freed() -> None:
-    import gc
-    import weakref
-
     model, x = stack(0), torch.randn(4, 64)
     originals = [weakref.ref(p) for n, p in model.named_parameters() if p.dim() == 2]
     torch.compile(model, backend="qcompile", options={"policy": "int4"})(x)

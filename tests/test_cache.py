@@ -18,7 +18,7 @@ from torch import nn
 from torch._dynamo.utils import compilation_time_metrics
 
 import qcompile
-from qcompile import packing
+from qcompile import handover, packing
 from qcompile.backend import listen
 from qcompile.codegen import cpp_build
 from qcompile.codegen.cpp import CpuKernels
@@ -259,6 +259,64 @@ class Switching(nn.Module):
         if self.mode == "fails":
             raise ValueError("on purpose")
         return self.two(self.one(x))
+
+
+def in_files(weight: torch.Tensor) -> bool:
+    """Whether the planes of a packed ``weight`` lie in pages of the store's files; does not look at them as users do."""
+    files = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(x, 16) for x in line.split(maxsplit=1)[0].split("-"))
+        files += [range(start, end)] if line.endswith(".safetensors") else []
+    return any(getattr(weight, name).data_ptr() in pages for name in weight.__tensor_flatten__()[0] for pages in files)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+def test_the_first_call_goes_before_memory_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freeing float weights and copying planes out of files, each in its time or when someone looks at the planes."""
+    monkeypatch.setattr(handover, "GRACE", 3600.0)
+    first = run(Model())
+    model = Model()
+    storages = [layer.weight.untyped_storage()._weak_ref() for layer in model.layers]
+    assert torch.equal(run(model), first) and made() == {}
+    weights = [layer.weight for layer in model.layers]
+    assert all(map(in_files, weights)) and not any(map(torch.UntypedStorage._expired, storages))
+    assert torch.equal(weights[0].planes[0], weights[0].clone().planes[0])
+    assert not any(map(in_files, weights)) and all(map(torch.UntypedStorage._expired, storages))
+    assert torch.equal(model(X), first)
+    list(map(torch.UntypedStorage._free_weak_ref, storages))
+
+
+def test_weights_written_to_before_memory_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "GRACE", 3600.0)
+    run(Model())
+    other = Model(seed=1)
+    run(other)
+    new = other.layers[0].weight
+    for write in (lambda old: old.copy_(new), lambda old: setattr(old, "data", new.clone())):
+        model = Model()
+        run(model)
+        assert made() == {} and in_files(model.layers[0].weight)
+        with torch.no_grad():
+            write(model.layers[0].weight)
+        handover.settle()
+        assert torch.equal(model.layers[0].weight.dequantize(), new.dequantize())
+
+
+def test_a_program_that_ends_hands_nothing_over(tmp_path: Path) -> None:
+    run(Model())
+    program = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_cache as tests
+from qcompile import handover
+handover.GRACE = 3600.0
+with torch.no_grad():
+    tests.run(tests.Model())
+assert "quantized" not in tests.made() and tests.COUNTS["packed read"] == 2 and handover._waiting
+"""
+    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("mode", "needed"), [("one", 1), ("both", 1), ("breaks", 3), ("odd", 1), ("asks", 2)])

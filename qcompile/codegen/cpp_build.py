@@ -7,6 +7,7 @@ macros, which tell its version and the instruction set of this machine.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,13 @@ def compiler() -> str:
 def _identity(cxx: str, flags: tuple[str, ...]) -> str:
     """The compiler's predefined macros under ``flags``: version, architecture and instruction set."""
     return _run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull], Path(os.devnull))
+
+
+def ready(flags: Iterable[tuple[str, ...]]) -> None:
+    """Asks the compiler now what :func:`built` will want to know for each of ``flags``; errors are for that to raise."""
+    with contextlib.suppress(KernelBuildError):
+        for each in flags:
+            _identity(compiler(), each)
 
 
 def load_library(source: str, isa: str = "native") -> tuple[ctypes.CDLL, Path]:
