@@ -195,6 +195,7 @@ class PackedLinear(ir.ExternKernelOut):
         k = V.graph.sizevars.guard_int(k)
         tensors = [t for layer in layers for t in (*layer.planes, *([] if layer.bias is None else [layer.bias]))]
         inputs = [x, *(cls.require_contiguous(cls.realize_input(t)) for t in tensors)]
+        vars(V.graph).setdefault(UNCHECKED, []).extend(inputs[1:])
         layouts = [ir.FixedLayout(x.get_device(), dtype, [m, layer.n]) for layer in layers]
         numbers = (DTYPES[dtype], m, k, aoti.kernels_of(key).padded(layers[0].n, k), x.get_stride()[0])
         each = [(len(layer.planes), None if layer.bias is None else DTYPES[layer.bias.get_dtype()], layer.n) for layer in layers]
@@ -207,6 +208,7 @@ class PackedLinear(ir.ExternKernelOut):
 
     def codegen(self, wrapper: Any) -> None:
         key, name, _, *numbers = self.constant_args
+        _leave_checks(wrapper)
         self.codegen_comment(wrapper)
         if V.graph.aot_mode:
             aoti.write_linear(wrapper, key, self.inputs[0], self.layers(), numbers)
@@ -227,6 +229,19 @@ class PackedLinear(ir.ExternKernelOut):
             bias = None if bias_dtype is None else next(inputs)
             y = None if result.get_name() in V.graph.removed_buffers else result.get_name()
             yield y, bias, bias_dtype or 0, n, planes
+
+
+UNCHECKED = "_qcompile_unchecked"
+"""Attribute of Inductor's graph: planes and biases of products."""
+
+
+def _leave_checks(wrapper: Any) -> None:
+    """Takes the checks of planes' sizes, one for each at each call, out of what Inductor has yet to write: class and shape of a
+    packed parameter, which Dynamo's guards look at, decide them. Those of the first product are written by then, and in versions
+    of Inductor that have no such list all are."""
+    pending = getattr(wrapper, "_pending_input_asserts", {})
+    for tensor in vars(V.graph).pop(UNCHECKED, ()):
+        pending.pop(tensor.get_name(), None)
 
 
 class PackedExperts(ir.ExternKernelOut):

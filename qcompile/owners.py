@@ -1,11 +1,12 @@
-"""Who owns a parameter: modules alive, found in one pass, and the names users know them by."""
+"""Who owns a parameter: the modules that hold it, and the names users know them by."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress
 from types import FrameType
@@ -13,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-from .collector import paused
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -33,13 +32,25 @@ class Slot:
         self.module._parameters[self.name] = parameter
 
 
+@contextlib.contextmanager
+def _paused() -> Iterator[None]:
+    """The garbage collector begins nothing by itself: a list of all objects is one that it would go through, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Owners:
     """Index of modules: parameter → slots, module → parents. Holds strong references; keep it briefly.
 
     ``tensors``: inputs of a graph, whose models are enough; None: of all modules alive, which takes longer to find.
     """
 
-    @paused()
+    @_paused()
     def __init__(self, tensors: Iterable[object] | None = None) -> None:
         self.slots: dict[int, list[Slot]] = {}
         self.parents: dict[int, list[tuple[nn.Module, str]]] = {}

@@ -254,6 +254,14 @@ def test_a_part_called_outside_its_model_has_its_name_there() -> None:
     assert model.head.weight is model.inner.head.weight and isinstance(model.head.weight, QuantizedTensor)
 
 
+def test_a_weight_shared_with_another_model_stays_as_it_is_there() -> None:
+    model, other, x = stack(0), nn.Linear(64, 10), torch.randn(4, 64)
+    other.weight = weight = model.head.weight
+    before = other(x)
+    assert_right(model, torch.compile(model, backend="qcompile", options={"policy": "int8"}), x)
+    assert isinstance(model.head.weight, QuantizedTensor) and other.weight is weight and torch.equal(other(x), before)
+
+
 @pytest.mark.parametrize("call", ["module", "function"])
 def test_modules_that_the_garbage_collector_has_frozen(call: str) -> None:
     model, x = stack(0), torch.randn(4, 64)
@@ -443,6 +451,20 @@ def test_inductor_calls_the_kernel_fuses_neighbours_and_copies_nothing() -> None
     assert call.count("qcompile_linear(") == 2 and "torch.ops" not in call
     assert "clone" not in call and ".copy_(" not in call and "qcompile.decode" not in call
     assert call.count("cpp_fused") == 2  # the norm, and GELU in place
+
+
+def test_no_call_checks_sizes_of_planes_again() -> None:
+    from torch._inductor import config
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+    from torch._inductor.utils import run_and_get_code
+
+    assert config.size_asserts
+    if not hasattr(PythonWrapperCodegen, "codegen_deferred_input_asserts"):
+        pytest.skip("this Inductor writes its checks before all calls")
+    compiled = torch.compile(stack(0, layers=9), backend="qcompile", options={"policy": "Q4_K"})
+    _, (code,) = run_and_get_code(compiled, torch.randn(1, 64))
+    inputs = code[code.index("def get_args") :].count("rand_strided(")
+    assert inputs > 90 and code.count("'input')") < 40  # the first layer's planes, norms, x
 
 
 def test_compilation_caches_are_not_bypassed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

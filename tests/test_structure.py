@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "target", "names", "logs", "variables", "einsum"},
+    {"errors", "target", "names", "logs", "variables", "einsum", "handover"},
     {"store", "formats", "artifacts", "autoload"},
     {"codegen"},
     {"kernels", "doctor"},
