@@ -29,22 +29,21 @@ class Handover(threading.Thread):
     def __init__(self, floats: list[torch.Tensor], packed: list[QuantizedTensor]) -> None:
         super().__init__(name="qcompile handover", daemon=True)
         self.due = threading.Event()
-        self._floats, self._packed = floats, packed
+        self._floats, self._packed, self._abandoned = floats, packed, False
 
     def run(self) -> None:
         self.due.wait(GRACE)
         try:
             with torch.inference_mode():  # there every tensor may be changed, also those made there
-                while self._floats:
+                while self._floats and not self._abandoned:
                     self._floats.pop().set_()  # type: ignore[call-overload]  # frees without the interpreter's lock
-            while self._packed:
+            while self._packed and not self._abandoned:
                 self._packed.pop().own_planes_()
         finally:
             _waiting.remove(self)
 
     def abandon(self) -> None:
-        self._floats.clear()
-        self._packed.clear()
+        self._abandoned = True
         self.due.set()
 
 
@@ -58,8 +57,9 @@ def later(floats: list[torch.Tensor], packed: list[QuantizedTensor]) -> None:
 def settle() -> None:
     """Returns when nothing is left to do."""
     for handover in tuple(_waiting):
-        handover.due.set()
-        handover.join()
+        if handover is not threading.current_thread():
+            handover.due.set()
+            handover.join()
 
 
 @atexit.register

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.convert_frame import CatchErrorsWrapper
 
-TORCH = os.path.dirname(torch.__file__) + os.sep
+CALL = nn.Module._call_impl.__code__
+COMPILE = CatchErrorsWrapper.__call__.__code__
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def _is_compile_wrapper(module: nn.Module) -> bool:
 
 
 def _around(tensors: Iterable[object]) -> list[nn.Module] | None:
-    """The modules of the trees that hold all parameters among ``tensors``, as PyTorch's functions that are being run know them;
-    None where some is in none, or another module may hold a tree, such as the model that a compiled part was taken out of."""
+    """The modules of the trees that hold all parameters among ``tensors``, as the call under way knows them; None where some is
+    in none, or another module may hold a tree, such as the model that a compiled part was taken out of."""
     wanted = {id(t) for t in tensors if isinstance(t, nn.Parameter)}
     variables = _variables()
     modules = _below(variables)
@@ -138,7 +139,7 @@ def _around(tensors: Iterable[object]) -> list[nn.Module] | None:
 
 def _modules_alive() -> list[nn.Module]:
     """Half a million objects live beside PyTorch: the interpreter sorts them out by type without running a line for each. Those
-    that ``gc.freeze()`` has taken off its list are found where PyTorch's functions that are being run know them."""
+    that ``gc.freeze()`` has taken off its list are found where the call under way knows them."""
     classes, waiting = {nn.Module}, [nn.Module]
     while waiting:
         new = set(type.__subclasses__(waiting.pop())) - classes
@@ -152,13 +153,16 @@ def _modules_alive() -> list[nn.Module]:
 
 
 def _variables() -> list[Mapping[str, Any]]:
-    """Those of PyTorch's functions that are being run in this thread, and of the frame that is compiled, which Dynamo has among
-    them. To look at those of other functions would keep what they hold alive until they return."""
+    """Modules that are being called in this thread, and the variables of the frame that Dynamo compiles. No other function is
+    looked at: before Python 3.13 that would keep what its variables hold, float weights among them, until it returns."""
     found: list[Mapping[str, Any]] = []
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_filename.startswith(TORCH):
-            found += [frame.f_locals, *(v for v in frame.f_locals.values() if type(v) is dict)]
+        if frame.f_code is CALL:
+            found.append({"self": frame.f_locals["self"]})
+        elif frame.f_code is COMPILE:
+            compiled = frame.f_locals["frame"]
+            found += [compiled.f_locals, compiled.f_globals]
         frame = frame.f_back
     return found
 

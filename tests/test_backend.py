@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import qcompile
 from qcompile.errors import OptionError, PolicyError, StrictError, UnknownFormatError, WeightError
+from qcompile.passes.convert import Conversion
 from qcompile.recorder import recorder_of
 from qcompile.tensor import QuantizedTensor
 
@@ -321,6 +323,21 @@ def test_float_originals_are_freed() -> None:
     torch.compile(model, backend="qcompile", options={"policy": "int4"})(x)
     gc.collect()
     assert [r() for r in originals] == [None] * 7
+
+
+def test_each_float_original_is_freed_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QCOMPILE_CACHE_DIR", str(tmp_path))
+    model, x, freed = stack(0), torch.randn(4, 64), []
+    originals = [weakref.ref(p) for n, p in model.named_parameters() if p.dim() == 2]
+    pack = Conversion.run
+
+    def run(self: Conversion) -> None:
+        pack(self)
+        freed.append(sum(r() is None for r in originals))
+
+    monkeypatch.setattr(Conversion, "run", run)
+    torch.compile(model, backend="qcompile", options={"policy": "int4"})(x)
+    assert freed == list(range(1, 8))
 
 
 def test_who_holds_an_original_keeps_it() -> None:
