@@ -40,7 +40,7 @@ _mapped: list[QuantizedTensor] = []
 """Parameters whose planes are mapped from files while Dynamo holds the float ones."""
 
 _floats: list[torch.Tensor] = []
-"""Aliases of these."""
+"""Aliases of the float ones, so that their memory is freed when :mod:`qcompile.handover` says."""
 
 
 @dataclass(frozen=True)

@@ -271,13 +271,16 @@ def in_files(weight: torch.Tensor) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
-def test_the_first_call_goes_before_memory_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_first_call_goes_before_memory_is_handed_over(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     """Freeing float weights and copying planes out of files, each in its time or when someone looks at the planes."""
     monkeypatch.setattr(handover, "GRACE", 3600.0)
-    first = run(Model())
+    with mode():
+        first = run(Model())
     model = Model()
     storages = [layer.weight.untyped_storage()._weak_ref() for layer in model.layers]
-    assert torch.equal(run(model), first) and made() == {}
+    with mode():
+        assert torch.equal(run(model), first) and made() == {}
     weights = [layer.weight for layer in model.layers]
     assert all(map(in_files, weights)) and not any(map(torch.UntypedStorage._expired, storages))
     assert torch.equal(weights[0].planes[0], weights[0].clone().planes[0])
@@ -302,7 +305,7 @@ def test_weights_written_to_before_memory_is_handed_over(monkeypatch: pytest.Mon
         assert torch.equal(model.layers[0].weight.dequantize(), new.dequantize())
 
 
-def test_a_program_that_ends_hands_nothing_over(tmp_path: Path) -> None:
+def test_a_program_that_ends_does_not_wait() -> None:
     run(Model())
     program = """
 import sys, torch
