@@ -295,7 +295,8 @@ def test_weights_written_to_before_memory_is_handed_over(monkeypatch: pytest.Mon
     other = Model(seed=1)
     run(other)
     new = other.layers[0].weight
-    for write in (lambda old: old.copy_(new), lambda old: setattr(old, "data", new.clone())):
+    copy = new.clone()  # not later: to look at any planes settles all
+    for write in (lambda old: old.copy_(new), lambda old: setattr(old, "data", copy)):
         model = Model()
         run(model)
         assert made() == {} and in_files(model.layers[0].weight)
