@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from qcompile.codegen.cpp import CpuKernels
 from qcompile.codegen.tiles import smaller
 from qcompile.codegen.triton import TritonKernels
 from qcompile.errors import FingerprintError
-from qcompile.formats import REGISTRY, FormatSpec, Plane, Scheme, symbols
+from qcompile.formats import REGISTRY, FormatSpec, Plane, Scheme, huge_pages, symbols
 from qcompile.packing import digest, packed
 from qcompile.store import COUNTS, the_store
 from qcompile.target import Target
@@ -289,21 +290,35 @@ def test_the_first_call_goes_before_memory_is_handed_over(monkeypatch: pytest.Mo
     list(map(torch.UntypedStorage._free_weak_ref, storages))
 
 
-def test_weights_written_to_before_memory_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "GRACE", 3600.0)
+def test_weights_written_to_while_memory_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer comes between the copy of a plane and its storing, unless it waits."""
     run(Model())
     other = Model(seed=1)
     run(other)
     new = other.layers[0].weight
-    copy = new.clone()  # not later: to look at any planes settles all
-    for write in (lambda old: old.copy_(new), lambda old: setattr(old, "data", copy)):
+    spare, copy = new.clone(), huge_pages.copy
+    for write in (lambda old: old.copy_(new), lambda old: setattr(old, "data", spare)):
+        copied, written = threading.Event(), threading.Event()
+
+        def slowly(plane: torch.Tensor, copied: threading.Event = copied, written: threading.Event = written) -> torch.Tensor:
+            made = copy(plane)
+            copied.set()
+            written.wait(0.3)
+            return made
+
         model = Model()
-        run(model)
-        assert made() == {} and in_files(model.layers[0].weight)
-        with torch.no_grad():
-            write(model.layers[0].weight)
-        handover.settle()
-        assert torch.equal(model.layers[0].weight.dequantize(), new.dequantize())
+        with monkeypatch.context() as patch:
+            patch.setattr(handover, "GRACE", 0.0)
+            patch.setattr(huge_pages, "copy", slowly)
+            run(model)
+            assert made() == {} and copied.wait(60)
+            with torch.no_grad():
+                for layer in model.layers:
+                    write(layer.weight)
+            written.set()
+            handover.settle()
+        for layer in model.layers:
+            assert torch.equal(layer.weight.dequantize(), new.dequantize())
 
 
 def test_a_program_that_ends_does_not_wait() -> None:
