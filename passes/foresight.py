@@ -137,6 +137,15 @@ def _packed(conversions: Sequence[Conversion]) -> list[Conversion] | None:
             return None
         return conversion.packed or known(original, conversion.scheme.format, transposed=conversion.transposed, mapped=True)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # digests leave the interpreter alone
-        found = list(pool.map(planes, conversions))
-    return [c.over(p) for c, p in zip(conversions, found, strict=True) if p is not None] if None not in found else None
+    waiting, found = iter(enumerate(conversions)), dict[int, Packed | None]()
+
+    def drain() -> None:
+        for at, conversion in waiting:  # each thread takes the next, and wakes the one that waits for all when none is left
+            found[at] = planes(conversion)
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:  # digests leave the interpreter alone
+        for running in [pool.submit(drain) for _ in range(threads)]:
+            running.result()
+    known_planes = [found[at] for at in range(len(conversions))]
+    return [c.over(p) for c, p in zip(conversions, known_planes, strict=True) if p] if all(known_planes) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -39,11 +40,17 @@ def op_name(node: Node) -> str:
         return ""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.split("::")[-1]
-    else:
-        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        return _plain(target._schema.name)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "") or str(target)
     if name == "getattr" and len(node.args) > 1:
         return str(node.args[1])
+    return _plain(name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plain(name: str) -> str:
+    """An operator's name without its namespace, and without what marks it as Python's own or as in place."""
+    name = name.split("::")[-1]
     if name.startswith("__") and name.endswith("__"):
         name = name.strip("_")
     if name.endswith("_"):

@@ -189,8 +189,8 @@ def prepare(device_type: str) -> None:
     if device_type == "cpu":
         from .codegen import cpp_build, cpp_call
 
-        flags = [cpp_call.flags(), cpp_build.FLAGS + cpp_build.ISA_FLAGS["native"]]
-        threading.Thread(target=cpp_build.ready, args=(flags,), daemon=True).start()
+        for flags in (cpp_build.FLAGS + cpp_build.ISA_FLAGS["native"], cpp_call.flags()):
+            threading.Thread(target=cpp_build.ready, args=(flags,), daemon=True).start()
 
 
 _begun: dict[tuple[str, str], Future[Kernels]] = {}

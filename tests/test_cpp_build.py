@@ -47,6 +47,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "store-2" / "library"
 
 
+def test_the_compiler_is_asked_once_by_threads_that_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answered = [], threading.Event()
+
+    def run(command: list[str], source: Path) -> str:
+        asked.append(command)
+        answered.wait(0.2)
+        return "#define answer\n"
+
+    monkeypatch.setattr(cpp_build, "_run", run)
+    cpp_build._macros.cache_clear()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: cpp_build._identity("a compiler", ("-O2",)), range(4)))
+    finally:
+        cpp_build._macros.cache_clear()
+    assert found == ["#define answer\n"] * 4 and len(asked) == 1
+
+
 def test_library_is_built_once_and_again_when_damaged(cache: Path) -> None:
     library, path = cpp_build.load_library(SMALL)
     assert library.answer() == 42 and path.parent.parent == cache

@@ -15,7 +15,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+import threading
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,25 @@ def compiler() -> str:
         raise KernelBuildError("no C++ compiler was found; install g++ or clang++, or set CXX to one") from error
 
 
-@functools.cache
 def _identity(cxx: str, flags: tuple[str, ...]) -> str:
-    """The compiler's predefined macros under ``flags``: version, architecture and instruction set."""
+    """The compiler's predefined macros under ``flags``: version, architecture and instruction set. Asked for once in a process:
+    who comes while another thread asks waits for its answer."""
+    with _asking[cxx, flags]:
+        return _macros(cxx, flags)
+
+
+_asking: defaultdict[tuple[str, tuple[str, ...]], threading.Lock] = defaultdict(threading.Lock)
+
+
+@functools.cache
+def _macros(cxx: str, flags: tuple[str, ...]) -> str:
     return _run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull], Path(os.devnull))
 
 
-def ready(flags: Iterable[tuple[str, ...]]) -> None:
-    """Asks the compiler now what :func:`built` will want to know for each of ``flags``; errors are for that to raise."""
+def ready(flags: tuple[str, ...]) -> None:
+    """Asks the compiler now what :func:`built` will want to know for ``flags``; errors are for that to raise."""
     with contextlib.suppress(KernelBuildError):
-        for each in flags:
-            _identity(compiler(), each)
+        _identity(compiler(), flags)
 
 
 def load_library(source: str, isa: str = "native") -> tuple[ctypes.CDLL, Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from blake3 import blake3
 
 from ..errors import DamagedEntryError
-from .keys import SCHEMA, key_of, plain
+from .keys import SCHEMA, key_of, key_of_plain, plain
 
 FILES = {
     "packed": ("planes.safetensors",),
@@ -66,7 +67,7 @@ class Entry:
         try:
             content = json.loads(text)
             files = {str(n): (int(size), str(digest)) for n, (size, digest) in content["files"].items()}
-            found = content["schema"], content["kind"], tuple(sorted(files)), key_of(kind, content["parts"])
+            found = content["schema"], content["kind"], tuple(sorted(files)), key_of_plain(kind, content["parts"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedEntryError(f"{kind}/{key}: {MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
         wanted = SCHEMA, kind, tuple(sorted(FILES.get(kind, ()))), key
@@ -78,7 +79,7 @@ class Entry:
 def read(folder: Path, kind: str, key: str) -> Entry:
     """The entry in ``folder``. Raises ``FileNotFoundError`` without ``entry.json``, ``OSError`` if that is a link, and
     :class:`DamagedEntryError`."""
-    with open(os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+    with open(os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
         return Entry.parse(file.read(LONGEST_MANIFEST), kind, key)
 
 
@@ -87,7 +88,8 @@ def check(folder: Path, entry: Entry) -> None:
     for name, (size, digest) in entry.files.items():
         path = folder / name
         try:
-            found = path.lstat().st_size if path.is_file() and not path.is_symlink() else None
+            status = path.lstat()
+            found = status.st_size if stat.S_ISREG(status.st_mode) else None
         except FileNotFoundError:
             found = None
         if found != size:

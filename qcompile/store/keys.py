@@ -34,7 +34,12 @@ def plain(value: Any) -> Any:
 
 def key_of(kind: str, parts: Mapping[str, Any]) -> str:
     """SHA-256, 64 hex digits, over the kind and all ``parts`` of what an entry was made from; errors as :func:`plain`."""
-    text = json.dumps([SCHEMA, kind, plain(parts)], sort_keys=True, separators=(",", ":"))
+    return key_of_plain(kind, plain(parts))
+
+
+def key_of_plain(kind: str, parts: Any) -> str:
+    """:func:`key_of` for ``parts`` that are JSON already."""
+    text = json.dumps([SCHEMA, kind, parts], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
