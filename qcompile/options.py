@@ -117,7 +117,8 @@ class Options:
             raise OptionError("option 'qat' with kv_cache: a cache is for generation; give it when you compile the trained model")
 
     def inductor_patches(self) -> dict[str, Any]:
-        """Settings for Inductor: those of the mode, then the user's own."""
+        """Settings for Inductor: ours, those of the mode, then the user's own. Without them each compiled file makes an input of
+        random bytes for every plane, so that it can be timed by itself: longer to load than all else that it says."""
         from torch._inductor import list_mode_options
 
-        return {**list_mode_options(self.mode), **self.inductor}
+        return {"benchmark_harness": False, **list_mode_options(self.mode), **self.inductor}
