@@ -117,8 +117,8 @@ class Options:
             raise OptionError("option 'qat' with kv_cache: a cache is for generation; give it when you compile the trained model")
 
     def inductor_patches(self) -> dict[str, Any]:
-        """Settings for Inductor: ours, those of the mode, then the user's own. Without them each compiled file makes an input of
-        random bytes for every plane, so that it can be timed by itself: longer to load than all else that it says."""
+        """Settings for Inductor: ours, those of the mode, then the user's own. Ours leaves out the part of each compiled
+        file that makes random inputs to time it by: as long to load as all the rest, and of planes it would make nonsense."""
         from torch._inductor import list_mode_options
 
         return {"benchmark_harness": False, **list_mode_options(self.mode), **self.inductor}

@@ -79,7 +79,7 @@ class Entry:
 def read(folder: Path, kind: str, key: str) -> Entry:
     """The entry in ``folder``. Raises ``FileNotFoundError`` without ``entry.json``, ``OSError`` if that is a link, and
     :class:`DamagedEntryError`."""
-    with open(os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
+    with open(os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
         return Entry.parse(file.read(LONGEST_MANIFEST), kind, key)
 
 
