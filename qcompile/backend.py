@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._dynamo.callback import callback_handler
+from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 from torch._guards import CompileContext
 
-from . import artifacts, trail
+from . import artifacts, collector, trail
 from .dynamo_errors import as_themselves
 from .errors import PackageError
 from .guards import drop_plane_guards
 from .options import Options
+from .owners import compiler
 from .passes import foresight
 from .passes.convert import Pending, Retrace
 from .passes.kv_cache import packs_caches
@@ -96,13 +97,21 @@ def _reset() -> None:
 qcompile.reset = _reset  # type: ignore[attr-defined]
 
 
+def _begin(args: CallbackArgs) -> None:
+    """Dynamo begins to trace."""
+    if args.callback_trigger is CallbackTrigger.DYNAMO and compiler() is qcompile:
+        collector.set_aside()
+
+
 def _end(_: object) -> None:
+    collector.bring_back()
     foresight.end()
 
 
 def listen() -> None:
-    """Has Dynamo tell when compilations end. ``torch._dynamo.reset()`` makes it forget; the next graph reminds it."""
+    """Has Dynamo tell when compilations begin and end. ``torch._dynamo.reset()`` makes it forget; the next graph reminds it."""
     if _end not in callback_handler.end_callbacks:
+        callback_handler.register_start_callback(_begin)
         callback_handler.register_end_callback(_end)
 
 

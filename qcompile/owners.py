@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import compress
 from types import FrameType
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.convert_frame import CatchErrorsWrapper
+
+from .collector import all_in_sight
 
 CALL = nn.Module._call_impl.__code__
 COMPILE = CatchErrorsWrapper.__call__.__code__
@@ -33,25 +34,13 @@ class Slot:
         self.module._parameters[self.name] = parameter
 
 
-@contextlib.contextmanager
-def _paused() -> Iterator[None]:
-    """The garbage collector begins nothing by itself: a list of all objects is one that it would go through, again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 class Owners:
     """Index of modules: parameter → slots, module → parents. Holds strong references; keep it briefly.
 
     ``tensors``: inputs of a graph, whose models are enough; None: of all modules alive, which takes longer to find.
     """
 
-    @_paused()
+    @all_in_sight()
     def __init__(self, tensors: Iterable[object] | None = None) -> None:
         self.slots: dict[int, list[Slot]] = {}
         self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -165,6 +154,17 @@ def _variables() -> list[Mapping[str, Any]]:
             found += [compiled.f_locals, compiled.f_globals]
         frame = frame.f_back
     return found
+
+
+def compiler() -> Callable[..., Any] | None:
+    """The backend of the compilation under way in this thread, as it was given to ``torch.compile``."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not COMPILE:
+        frame = frame.f_back
+    found = frame.f_locals["self"] if frame is not None else None
+    while inner := getattr(found, "_torchdynamo_orig_backend", None):
+        found = inner
+    return getattr(found, "compiler_fn", found)
 
 
 def _below(variables: Iterable[Mapping[str, Any]]) -> list[nn.Module]:

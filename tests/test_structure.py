@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "target", "names", "logs", "variables", "einsum", "handover"},
+    {"errors", "target", "names", "logs", "variables", "einsum", "handover", "collector"},
     {"store", "formats", "artifacts", "autoload"},
     {"codegen"},
     {"kernels", "doctor"},
