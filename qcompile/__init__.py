@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from .deployment import package
     from .evaluation import evaluate
     from .formats import ROW, Codebook, FormatSpec, Plane, Scheme, register_format, symbols
-    from .kv_cache import KVCache, PagedKVCache
+    from .kv_cache import KVCache
     from .memory import MemoryPlan, memory_plan
+    from .paged_cache import PagedKVCache
     from .parallel import parallelize_module
     from .passes.convert import restore_
     from .plan import Plan
@@ -36,7 +37,7 @@ _HOMES = {
     "explain": "api", "quantize_": "api", "restore_": "passes.convert", "Plan": "plan", "Policy": "policy",
     "package": "deployment", "parallelize_module": "parallel", "memory_plan": "memory", "MemoryPlan": "memory",
     "compare": "comparison", "evaluate": "evaluation", "search": "allocation", "bisect": "bisection", "warmup": "warm",
-    "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "kv_cache",
+    "QuantizedTensor": "tensor", "KVCache": "kv_cache", "PagedKVCache": "paged_cache",
     "load": "checkpoints.load", "save": "checkpoints.save", "QCompileConfig": "checkpoints.hf",
     **dict.fromkeys(("ROW", "Codebook", "FormatSpec", "Plane", "Scheme", "register_format", "symbols"), "formats"),
 }  # fmt: skip

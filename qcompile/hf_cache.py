@@ -114,7 +114,7 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         PackedLayer.lazy_initialization(self, key_states, value_states)
         if not torch.compiler.is_compiling():
-            for tensor in (*self.packed.keys, *self.packed.values, self.packed.length):
+            for tensor in (*self.packed.keys, *self.packed.values, self.packed.center, self.packed.length):
                 torch._dynamo.mark_static_address(tensor)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -94,9 +94,9 @@ class AttentionKernels(Protocol):
     def attend(
         self, q: torch.Tensor, key_planes: Sequence[torch.Tensor], value_planes: Sequence[torch.Tensor], start: torch.Tensor,
         tokens: int, value_dim: int, mask: torch.Tensor | None = None, table: torch.Tensor | None = None, causal: bool = True,
-        scale: float | None = None, softcap: float = 0.0, window: int = 0,
+        scale: float | None = None, softcap: float = 0.0, window: int = 0, center: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """``q [B, Hq, L, D]`` over what the planes hold → ``[B, Hq, L, Dv]`` in q's dtype."""
+        """``q [B, Hq, L, D]`` over what the planes hold, keys plus ``center [B, H, 1, D]`` → ``[B, Hq, L, Dv]`` in q's dtype."""
 
     def sdpa(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float,

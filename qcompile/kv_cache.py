@@ -2,6 +2,11 @@
 
 A page of a cache is, for every head, a weight whose rows are tokens: the stored tensors of a format are
 ``[pages, heads, *FormatSpec.part_shape(part, tokens of a page, D)]``. Without a block table sequence b is page b.
+
+Keys of many models lie far from zero, by a vector that all tokens have in common: a quantizer spends its codes on that, and what
+tells tokens apart is lost. Attention does not ask for it, since what is added to all scores of a query leaves their softmax as it
+is. So keys are stored without the mean of the first ones (K smoothing: SageAttention, arXiv:2410.02367); it is added again only
+where scores are capped.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from . import ops
 from .errors import LayoutError, OptionError, WeightError
 from .formats import FormatSpec, Scheme, get, register_scheme
 from .formats.algebra import codebook_of_gen
-from .formats.layout import pages
+from .formats.layout import CENTERED_FROM, center_of, pages
 from .formats.ranges import range_planes
 from .formats.reference import quantize, sqnr
 
@@ -87,13 +92,15 @@ class KVCache:
         self.revocable = False
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        self.center = torch.empty(0)
+        """What keys are stored without ``[B, H, 1, D]``: the mean of the first, if they came in a portion of 16 or more."""
         self.length: int | torch.Tensor = 0
         self.value_dim = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
-        return sum(p.nbytes for p in (*self.keys, *self.values))
+        return sum(p.nbytes for p in (*self.keys, *self.values, self.center))
 
     @property
     def room(self) -> int:
@@ -109,6 +116,7 @@ class KVCache:
         self.value_dim = v.shape[-1]
         self.keys = pages(self.schemes[0].format, batch, heads, tokens, dim, k.device)
         self.values = pages(self.schemes[1].format, batch, heads, tokens, self.value_dim, k.device)
+        self.center = k.new_zeros(batch, heads, 1, dim)
         if self.capacity is not None:
             self.length = torch.zeros((), dtype=torch.int64, device=k.device)
 
@@ -122,6 +130,8 @@ class KVCache:
             held = f"{list(self.keys[0].shape[:2])} sequences and heads with values of {self.value_dim}"
             raise LayoutError(f"KV cache: holds {held}; found keys {list(k.shape)} and values {list(v.shape)}; use one cache for "
                               "each batch")  # fmt: skip
+        if k.shape[2] >= CENTERED_FROM:
+            self._find_center(k)
         if isinstance(self.length, torch.Tensor):
             start = self.starts()
             self.length.add_(k.shape[2])
@@ -131,7 +141,14 @@ class KVCache:
             self.length = self.length + k.shape[2]
             if not self.revocable:
                 self.settled = self.length
-        ops.kv_write(self.keys, self.values, k, v, start, None, self.schemes[0].key, self.schemes[1].key)
+        ops.kv_write(self.keys, self.values, k - self.center, v, start, None, self.schemes[0].key, self.schemes[1].key)
+
+    def _find_center(self, k: torch.Tensor) -> None:
+        """Of an empty cache: the mean of ``k``, the tokens that come first."""
+        if isinstance(self.length, torch.Tensor):
+            self.center.copy_(torch.where(self.length == 0, center_of(k), self.center))
+        elif self.length == 0:
+            self.center = center_of(k)
 
     def starts(self) -> torch.Tensor:
         """int64 ``[B]``: the length, for every sequence."""
@@ -162,7 +179,7 @@ class KVCache:
         tokens = self.room if isinstance(self.length, torch.Tensor) else self.length
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         return ops.attend(q, self.keys, self.values, start, tokens, self.value_dim, mask, None, self.schemes[0].key,
-                          self.schemes[1].key, causal, scale, softcap, window)  # fmt: skip
+                          self.schemes[1].key, causal, scale, softcap, window, self.center if softcap else None)  # fmt: skip
 
     def crop(self, tokens: int) -> None:
         """Forgets the last ``tokens`` tokens. Raises :class:`LayoutError` when a growing cache holds fewer, or has dropped tokens
@@ -182,14 +199,16 @@ class KVCache:
         """Forgets everything; a cache with a capacity keeps its memory."""
         if isinstance(self.length, torch.Tensor):
             self.length.zero_()
+            self.center.zero_()
         else:
-            self.keys, self.values = [], []
+            self.keys, self.values, self.center = [], [], torch.empty(0)
             self.length = self.dropped = self.settled = 0
 
     def select(self, sequences: torch.Tensor) -> None:
         """The sequences of these numbers (int64, any of them several times) take the place of all."""
         self.keys = [p.index_select(0, sequences.to(p.device)) for p in self.keys]
         self.values = [p.index_select(0, sequences.to(p.device)) for p in self.values]
+        self.center = self.center.index_select(0, sequences.to(self.center.device))
 
     def to_drop(self, tokens: int) -> int:
         """How many tokens, whole tiles of them, the next :meth:`append` of ``tokens`` drops behind the window: none before
@@ -216,67 +235,3 @@ def _moved(planes: Sequence[torch.Tensor], first: int, tiles: int) -> list[torch
     """``planes`` from tile ``first`` on, with memory for ``tiles`` in all."""
     kept = [p[:, :, first : first + tiles] for p in planes]
     return [torch.cat([p, p.new_zeros(*p.shape[:2], tiles - p.shape[2], *p.shape[3:])], 2) for p in kept]
-
-
-class PagedKVCache:
-    """The keys and values of one attention layer for sequences that come and go, in pages that they share the memory of.
-
-    ``count`` pages of ``page`` tokens (a multiple of 16) are allocated at once. Raises :class:`LayoutError` when a sequence needs
-    a page and none is free; nothing is written then.
-    """
-
-    def __init__(self, count: int, heads: int, dim: int, value_dim: int | None = None, page: int = 64, formats: object = "fp8",
-                 device: torch.device | str = "cpu") -> None:  # fmt: skip
-        if page % 16 or page < 16:
-            raise LayoutError(f"a page has a multiple of 16 tokens, found {page}")
-        self.schemes, self.page, self.value_dim = formats_of(formats), page, value_dim or dim
-        device = torch.device(device)
-        self.keys = pages(self.schemes[0].format, count, heads, page, dim, device)
-        self.values = pages(self.schemes[1].format, count, heads, page, self.value_dim, device)
-        self.free = list(range(count))[::-1]
-        self.sequences: dict[int, list[int]] = {}
-        self.lengths: dict[int, int] = {}
-        self._next = 0
-
-    def add(self) -> int:
-        """A new, empty sequence; returns its number."""
-        number, self._next = self._next, self._next + 1
-        self.sequences[number], self.lengths[number] = [], 0
-        return number
-
-    def remove(self, sequence: int) -> None:
-        """Gives the sequence's pages back."""
-        self.free += self.sequences.pop(sequence)[::-1]
-        del self.lengths[sequence]
-
-    def append(self, sequences: Sequence[int], k: torch.Tensor, v: torch.Tensor) -> None:
-        """Quantizes k ``[B, H, L, D]`` and v ``[B, H, L, Dv]`` behind the B ``sequences``, each named once."""
-        if len(set(sequences)) != len(sequences):
-            raise LayoutError(f"KV cache: a sequence comes twice in {list(sequences)}; append to it in two calls")
-        needed = {s: -(-(self.lengths[s] + k.shape[2]) // self.page) - len(self.sequences[s]) for s in sequences}
-        if sum(needed.values()) > len(self.free):
-            raise LayoutError(f"KV cache: {sum(needed.values())} pages of {self.page} tokens are needed, {len(self.free)} are "
-                              "free; remove sequences, or allocate more pages")  # fmt: skip
-        for s, count in needed.items():
-            self.sequences[s] += [self.free.pop() for _ in range(count)]
-        start, table = self._where(sequences)
-        ops.kv_write(self.keys, self.values, k, v, start, table, self.schemes[0].key, self.schemes[1].key)
-        for s in sequences:
-            self.lengths[s] += k.shape[2]
-
-    def attend(
-        self, sequences: Sequence[int], q: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = True,
-        scale: float | None = None, softcap: float = 0.0, window: int = 0,
-    ) -> torch.Tensor:  # fmt: skip
-        """As :meth:`KVCache.attend`, for q ``[B, Hq, L, D]`` of the B ``sequences``, which may be of different lengths."""
-        start, table = self._where(sequences)
-        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        return ops.attend(q, self.keys, self.values, start - q.shape[2], max(self.lengths[s] for s in sequences), self.value_dim,
-                          mask, table, self.schemes[0].key, self.schemes[1].key, causal, scale, softcap, window)  # fmt: skip
-
-    def _where(self, sequences: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lengths int64 ``[B]`` and the block table int32 ``[B, pages]``."""
-        device, most = self.keys[0].device, max(len(self.sequences[s]) for s in sequences)
-        rows = [self.sequences[s] + [0] * (most - len(self.sequences[s])) for s in sequences]
-        return (torch.tensor([self.lengths[s] for s in sequences], device=device),
-                torch.tensor(rows, dtype=torch.int32, device=device))  # fmt: skip

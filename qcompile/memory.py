@@ -149,7 +149,8 @@ def _kv_nbytes(layer: Any, formats: tuple[Scheme, Scheme] | None, context: int, 
     if formats is None:
         kept = min(context, getattr(layer, "sliding_window", None) or context)
         return batch * heads * kept * sum(dims) * int(layer.keys.dtype.itemsize)
-    return batch * heads * sum(s.format.nbytes(context, dim) for s, dim in zip(formats, dims, strict=True))
+    center = dims[0] * int(layer.keys.dtype.itemsize)  # what keys are stored without
+    return batch * heads * (sum(s.format.nbytes(context, dim) for s, dim in zip(formats, dims, strict=True)) + center)
 
 
 def _grouped(

@@ -30,8 +30,8 @@ _library.define("decode(Tensor[] planes, str scheme, int n, int k, ScalarType dt
 _library.define("kv_write(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor k, Tensor v, Tensor start, Tensor? table, "
                 "str key_scheme, str value_scheme) -> ()")  # fmt: skip
 _library.define("attend(Tensor q, Tensor[] keys, Tensor[] values, Tensor start, SymInt tokens, SymInt value_dim, Tensor? mask, "
-                "Tensor? table, str key_scheme, str value_scheme, bool causal, float scale, float softcap, SymInt window) "
-                "-> Tensor")  # fmt: skip
+                "Tensor? table, str key_scheme, str value_scheme, bool causal, float scale, float softcap, SymInt window, "
+                "Tensor? center=None) -> Tensor")  # fmt: skip
 _library.define("sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, float softcap, str key_scheme, "
                 "str value_scheme) -> Tensor")  # fmt: skip
 
@@ -92,10 +92,10 @@ def _kv_write(
 def _attend(
     q: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], start: torch.Tensor, tokens: int,
     value_dim: int, mask: torch.Tensor | None, table: torch.Tensor | None, key_scheme: str, value_scheme: str, causal: bool,
-    scale: float, softcap: float, window: int,
+    scale: float, softcap: float, window: int, center: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     found = kernels.attention_for(key_scheme, value_scheme, q.device.type)
-    return found.attend(q, keys, values, start, tokens, value_dim, mask, table, causal, scale, softcap, window)
+    return found.attend(q, keys, values, start, tokens, value_dim, mask, table, causal, scale, softcap, window, center)
 
 
 def _sdpa(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from qcompile.errors import FormatError, LayoutError, OptionError
 from qcompile.formats import Scheme, get, register_scheme
 from qcompile.formats.layout import pages
 from qcompile.formats.reference import decode
-from qcompile.kv_cache import KVCache, PagedKVCache
+from qcompile.kv_cache import KVCache
+from qcompile.paged_cache import PagedKVCache
 
 PAIRS = (
     ("fp8_e4m3", "fp8_e4m3"), ("int8", "int8"), ("int4_g32", "int4_g32"), ("fp8_e5m2", "int4_zp_g32"), ("nf4_g32", "int8_g32"),
@@ -101,6 +104,9 @@ def test_attend(keys: str, values: str, length: int) -> None:
                 out = kernels.attend(q, *planes, start, tokens, value_dim, **settings)  # type: ignore[arg-type]
                 assert out.dtype == dtype and out.shape == (batch, heads * group, length, value_dim)
                 assert relative(out, reference(q, *wide, start, **settings)) <= allowed, (dim, dtype, settings)  # type: ignore[arg-type]
+            center = torch.randn(batch, heads, 1, dim)
+            out = kernels.attend(q, *planes, start, tokens, value_dim, softcap=2.0, center=center)
+            assert relative(out, reference(q, wide[0] + center.double(), wide[1], start, softcap=2.0)) <= allowed, (dim, dtype)
 
 
 @pytest.mark.parametrize("length", [1, 19])
@@ -190,12 +196,15 @@ def test_what_is_not_finite_stays_visible(name: str, bad: float) -> None:
     assert found[3, 5].isnan() and found[[0, 1, 2, *range(4, 16)]].isfinite().all()
 
 
-def test_tokens_arrive_in_any_portions() -> None:
+@pytest.mark.parametrize("first", [1, 20])
+def test_tokens_arrive_in_any_portions(first: int) -> None:
+    """The first, whose mean keys are stored without, being the same."""
     torch.manual_seed(0)
     k, v = torch.randn(2, 2, 60, 64), torch.randn(2, 2, 60, 64)
     whole, parts = KVCache("int4"), KVCache("int4")
-    whole.append(k, v)
-    for a, b in ((0, 1), (1, 18), (18, 33), (33, 60)):
+    whole.append(k[:, :, :first], v[:, :, :first])
+    whole.append(k[:, :, first:], v[:, :, first:])
+    for a, b in ((0, first), (first, first + 17), (first + 17, 58), (58, 60)):
         parts.append(k[:, :, a:b].to(torch.float32), v[:, :, a:b])
     for one, other in zip(whole.keys + whole.values, parts.keys + parts.values, strict=True):
         assert torch.equal(one, other)
@@ -343,6 +352,75 @@ def test_error_does_not_grow_with_length(kind: str, bound: float) -> None:
         worst[length] = relative(cache.attend(q), reference(q, k.double(), v.double(), torch.tensor([length - 1])))
     assert max(worst.values()) <= bound, worst
     assert worst[32768] <= 1.3 * max(worst[40], worst[1000]), worst
+
+
+def far_from_zero(*shape: int) -> torch.Tensor:
+    """Normal around a vector of hundreds in some channels, as keys are that a projection with a bias makes."""
+    away = torch.zeros(shape[1], 1, shape[3])
+    away[0, :, [3, 17]] = torch.tensor([200.0, -90.0])
+    away[1, :, 40] = 150.0
+    return torch.randn(*shape) + away
+
+
+def caches(kind: str, batch: int) -> dict[str, Callable[..., torch.Tensor]]:
+    """A function of k, v, q, and attention's settings for every kind of cache: tokens 0 … 99 and then one by one."""
+
+    def ask(cache: KVCache) -> Callable[..., torch.Tensor]:
+        def called(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor, **settings: Any) -> torch.Tensor:
+            for a, b in ((0, 100), *((t, t + 1) for t in range(100, k.shape[2]))):
+                cache.append(k[:, :, a:b], v[:, :, a:b])
+            return cache.attend(q, **settings)
+
+        return called
+
+    def pages(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor, **settings: Any) -> torch.Tensor:
+        cache = PagedKVCache(40, 2, 64, formats=kind)
+        names = [cache.add() for _ in range(batch)]
+        for a, b in ((0, 100), *((t, t + 1) for t in range(100, k.shape[2]))):
+            cache.append(names, k[:, :, a:b], v[:, :, a:b])
+        return cache.attend(names, q, **settings)
+
+    return {"growing": ask(KVCache(kind)), "fixed": ask(KVCache(kind, capacity=200)), "paged": pages}
+
+
+@pytest.mark.parametrize("settings", [{}, {"softcap": 5.0}, {"softcap": 2.0, "window": 60}])
+@pytest.mark.parametrize("kind,bound", [("fp8", 4.5e-2), ("int8", 1.2e-2), ("int4", 0.14)])
+def test_what_all_keys_have_in_common_costs_nothing(kind: str, bound: float, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    k, v, q = far_from_zero(2, 2, 120, 64), torch.randn(2, 2, 120, 64), torch.randn(2, 4, 1, 64)
+    if settings:
+        q[..., [3, 17, 40]] *= 0.02  # so that caps still tell scores apart
+    exact = reference(q, k.double(), v.double(), torch.tensor([119, 119]), **settings)
+    outs = {name: ask(k, v, q, **settings) for name, ask in caches(kind, 2).items()}
+    assert all(relative(out, exact) <= bound for out in outs.values()), {n: relative(o, exact) for n, o in outs.items()}
+    assert torch.equal(outs["growing"], outs["fixed"]) and torch.equal(outs["growing"], outs["paged"])
+    if "window" not in settings:
+        key = scheme(kv_cache.ALIASES.get(kind, kind)).key
+        out = ops.sdpa(q, k, v, None, False, 64**-0.5, settings.get("softcap", 0.0), key, key)
+        assert relative(out, exact) <= bound
+
+
+def test_who_is_selected_takes_the_center_along() -> None:
+    torch.manual_seed(0)
+    k, v, q = far_from_zero(2, 2, 50, 64), torch.randn(2, 2, 50, 64), torch.randn(2, 4, 1, 64)
+    k[1] += 20
+    for cache in (KVCache("int8"), KVCache("int8", capacity=64)):
+        cache.append(k, v)
+        before = cache.attend(q, softcap=3.0)
+        cache.select(torch.tensor([1, 0, 1]))
+        assert torch.equal(cache.attend(q[[1, 0, 1]], softcap=3.0), before[[1, 0, 1]])
+        cache.clear()
+        cache.append(k[[0, 1, 0], :, :3], v[[0, 1, 0], :, :3])
+        assert not cache.center.any()
+
+
+def test_one_key_that_is_not_finite_spoils_no_other() -> None:
+    k, v = torch.randn(1, 2, 40, 64), torch.randn(1, 2, 40, 64)
+    k[0, 0, 3, 5] = math.inf
+    cache = KVCache("fp8")
+    cache.append(k, v)
+    held = decoded("fp8_e4m3", cache.keys, 64)[:, :, :40]
+    assert held[0, 0, 3, 5].isnan() and held.isnan().any(-1).sum() == 1 and cache.center.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])

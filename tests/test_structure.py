@@ -19,7 +19,7 @@ LAYERS = [
     {"ops"},
     {"aoti"},
     {"inductor", "qat"},
-    {"tensor", "tensor_ops", "tensor_parts", "experts", "expert_views", "multihead", "kv_cache"},
+    {"tensor", "tensor_ops", "tensor_parts", "experts", "expert_views", "multihead", "kv_cache", "paged_cache"},
     {"packing", "sharding"},
     {"dtensor"},
     {"plan", "rules", "hf_cache", "presets", "gguf_presets", "owners", "guards", "dynamo_errors", "rounding"},

@@ -88,6 +88,7 @@ class Task:
     tokens: int = 8192
     mask: torch.dtype | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    centered: bool = False
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -113,7 +114,8 @@ def build(task: Task) -> Built:
         kernels.write(planes[0], planes[1], new, new, start, table)
     else:
         q = empty(task.batch, task.heads * task.group, task.length, task.width, dtype=task.dtype)
-        kernels.attend(q, planes[0], planes[1], start, task.tokens, task.width, mask, table, **dict(task.options))
+        center = empty(task.batch, task.heads, 1, task.width, dtype=task.dtype) if task.centered else None
+        kernels.attend(q, planes[0], planes[1], start, task.tokens, task.width, mask, table, center=center, **dict(task.options))
     return kernels.built
 
 
@@ -158,7 +160,7 @@ def tasks() -> Iterator[Task]:
         shape = ((128, 4, 512), (256, 2, 64), (128, 4, 512), (64, 1, 512))[j]
         yield Task("fp8", "", arch, (BRAIN, HALF)[j % 2], *shape, "prefill")
     for arch in (90, 100):
-        yield Task("int8", "int8", arch, BRAIN, 128, 4, 7, options=(("softcap", 30.0), ("window", 1024)))
+        yield Task("int8", "int8", arch, BRAIN, 128, 4, 7, options=(("softcap", 30.0), ("window", 1024)), centered=True)
         yield Task("int8", "", arch, BRAIN, 128, 4, 512, "prefill", mask=torch.bool)
         yield Task("fp8_e4m3", "fp8_e4m3", arch, BRAIN, 128, 4, 512, mask=BRAIN)
     yield Task("fp8", "", 100, BRAIN, 128, 4, 512, "prefill")

@@ -36,6 +36,7 @@ from triton_attention_reference import (
 from qcompile.codegen.triton_attend_tiles import AttendTile
 from qcompile.codegen.triton_attention import triton_attention, triton_prefill
 from qcompile.formats import FormatSpec, Scheme, get, reference
+from qcompile.formats.layout import center_of
 
 WRITTEN = ("fp8_e4m3", "fp8_e5m2", "int8", "int8_g64", "int4_g32", "int4_sym_g32", "int4_zp_g32", "nf4_g32", "fp4_g32",
            "int3_g32", "row_zero", "byte_zero", "six_sym", "fp6", "odd_zero")  # fmt: skip
@@ -116,6 +117,7 @@ class Attend:
     scale: float | None = None
     value_dim: int = 0
     tile: AttendTile | None = None
+    centered: bool = False
 
 
 FEW, MANY = AttendTile(True, 16, 2, 4, 2), AttendTile(False, 32, 4, 4, 2)
@@ -142,6 +144,9 @@ CALLS = (
     replace(BASE, group=8, heads=1),
     replace(BASE, kept=(1, 700), group=4, tile=FEW), replace(BASE, kept=(40, 700), page=16, length=5, tile=MANY),
     replace(BASE, kept=(300, 700), window=64, group=4, tile=FEW), replace(BASE, kept=(16, 16), length=16, causal=True),
+    *(replace(BASE, keys=keys, softcap=3.0, dtype=dtype, length=length, dim=dim, page=16, tile=tile, centered=True)
+      for keys, dtype, length, dim, tile in (("int8", FLOAT, 3, 72, FEW), ("fp8_e4m3", HALF, 17, 64, MANY),
+                                             ("int4_zp_g32", BRAIN, 1, 96, FEW), ("row_zero", FLOAT, 17, 64, MANY))),
 )  # fmt: skip
 ROUNDING = {HALF: 2e-3, BRAIN: 6e-3, FLOAT: 1e-5}
 """Relative error (Frobenius) allowed where scales leave the products: rounding of probabilities and of the output."""
@@ -166,15 +171,17 @@ def mask_of(kind: str, batch: int, heads: int, length: int, tokens: int) -> torc
 
 
 def packed_here(dtype: torch.dtype) -> Iterator[Case]:
-    """``sdpa``: keys and values packed and read at once."""
+    """``sdpa``: keys and values packed and read at once, keys without their mean."""
     made = [torch.randn(2, heads, tokens, 64).to(dtype) for heads, tokens in ((4, 9), (2, 30), (2, 30))]
-    kernels = triton_attention(Scheme(get("fp8_e4m3")), Scheme(get("int8")))
+    made[1][..., 5] += 40.0
+    kernels, center = triton_attention(Scheme(get("fp8_e4m3")), Scheme(get("int8"))), center_of(made[1])
     sides = [torch.stack([torch.stack([reference.decode(s, ranged(s, rows.float()), 30, 64) for rows in b]) for b in x])
-             for s, x in zip(kernels.formats, made[1:], strict=True)]  # fmt: skip
-    for causal in (True, False):
-        want = attention(made[0], *sides, [30, 30], torch.arange(9).expand(2, -1), None, causal, 0.2, 0.0, 0)
-        got = kernels.sdpa(*made, None, causal, 0.2, 0.0)
-        yield f"sdpa causal={causal}", float((got.double() - want).norm() / want.norm()), ROUNDING[dtype]
+             for s, x in zip(kernels.formats, (made[1] - center, made[2]), strict=True)]  # fmt: skip
+    sides[0] = sides[0] + center
+    for causal, softcap in itertools.product((True, False), (0.0, 2.0)):
+        want = attention(made[0], *sides, [30, 30], torch.arange(9).expand(2, -1), None, causal, 0.2, softcap, 0)
+        got = kernels.sdpa(*made, None, causal, 0.2, softcap)
+        yield f"sdpa causal={causal} softcap={softcap}", float((got.double() - want).norm() / want.norm()), ROUNDING[dtype]
     for name, kind in (("fp8_e4m3", "fp8"), ("int8", "int8")):  # products in 8 bits
         scheme, where = Scheme(get(name)), torch.arange(9).expand(2, -1)
         want = attention(*made, [30, 30], where, None, False, 0.2, 0.0, 0)
@@ -200,11 +207,13 @@ def attended(call: Attend) -> Iterator[Case]:
     query = torch.randn(batch, call.length, call.heads * call.group, call.dim).transpose(1, 2).to(call.dtype)
     start = torch.tensor(call.kept) - call.length
     mask = mask_of(call.mask, batch, call.heads * call.group, call.length, longest)
+    center = torch.randn(batch, call.heads, 1, call.dim) if call.centered else None
     got = triton_attention(Scheme(keys), Scheme(values)).attend(
         query, caches[0].planes, caches[1].planes, start, longest, value_dim, mask, table, call.causal, call.scale,
-        call.softcap, call.window, tile=call.tile)  # fmt: skip
+        call.softcap, call.window, center, tile=call.tile)  # fmt: skip
     position = start[:, None] + torch.arange(call.length)
-    want = attention(query, *(c.decoded for c in caches), list(call.kept), position, mask, call.causal, call.scale, call.softcap,
+    held = caches[0].decoded if center is None else caches[0].decoded + center.to(caches[0].decoded.dtype)
+    want = attention(query, held, caches[1].decoded, list(call.kept), position, mask, call.causal, call.scale, call.softcap,
                      call.window)  # fmt: skip
     exact = all(s.period == 0 for s in (keys, values))
     limit = ROUNDING[call.dtype] if exact or call.dtype == BRAIN else max(ROUNDING[call.dtype], 2e-3)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import LayoutError
-from ..formats.layout import pages
+from ..formats.layout import CENTERED_FROM, center_of, pages
 from ..formats.scheme import Scheme
 from ..formats.spec import FormatSpec
 from .cpp import DTYPES
@@ -81,7 +81,7 @@ def _fields(pointers: str, numbers: str) -> list[tuple[str, Any]]:
 
 class _Attention(_Fields):
     _fields_ = [
-        *_fields("out q", "q_batch q_head q_row batch heads group length dim padded value_dim value_padded"),
+        *_fields("out q center", "q_batch q_head q_row batch heads group length dim padded value_dim value_padded"),
         *_fields("start table", "table_row page pages"),
         *_fields("mask", "mask_batch mask_head mask_row mask_token mask_tokens tokens window"),
         *((n, ctypes.c_float) for n in ("scale", "softcap")),
@@ -138,9 +138,10 @@ class CpuAttention:
         self, q: torch.Tensor, key_planes: Sequence[torch.Tensor], value_planes: Sequence[torch.Tensor],
         start: torch.Tensor, tokens: int, value_dim: int, mask: torch.Tensor | None = None,
         table: torch.Tensor | None = None, causal: bool = True, scale: float | None = None, softcap: float = 0.0,
-        window: int = 0,
+        window: int = 0, center: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """q ``[B, Hq, L, D]`` over ``tokens`` tokens at most: ``[B, Hq, L, Dv]`` in q's dtype; see :meth:`KVCache.attend`."""
+        """q ``[B, Hq, L, D]`` over ``tokens`` tokens at most: ``[B, Hq, L, Dv]`` in q's dtype; see :meth:`KVCache.attend`.
+        ``center [B, H, 1, D]`` is added to every key."""
         batch, query_heads, length, dim = q.shape
         heads = key_planes[0].shape[1]
         if q.stride(-1) != 1 and dim > 1:
@@ -154,9 +155,11 @@ class CpuAttention:
             b, h, r, t = mask.expand(batch, query_heads, length, mask.shape[-1]).stride()
             members = {"mask": mask.data_ptr(), "mask_batch": b, "mask_head": h, "mask_row": r, "mask_token": t,
                        "mask_tokens": mask.shape[-1], "mask_dtype": DTYPES.get(mask.dtype, 0)}  # fmt: skip
+        center = None if center is None else center.expand(batch, heads, 1, dim).float().contiguous()
         job = _Attention.of(
-            out=out.data_ptr(), q=q.data_ptr(), q_batch=q.stride(0), q_head=q.stride(1), q_row=q.stride(2), batch=batch,
-            heads=heads, group=query_heads // heads, length=length, dim=dim, padded=self.keys.padded(1, dim)[1],
+            out=out.data_ptr(), q=q.data_ptr(), q_batch=q.stride(0), q_head=q.stride(1), q_row=q.stride(2),
+            center=None if center is None else center.data_ptr(), batch=batch, heads=heads, group=query_heads // heads,
+            length=length, dim=dim, padded=self.keys.padded(1, dim)[1],
             value_dim=value_dim, value_padded=self.values.padded(1, value_dim)[1], tokens=tokens,
             **_pages(self.keys, key_planes, start, table), window=window, softcap=softcap,
             scale=1 / math.sqrt(dim) if scale is None else scale, dtype=DTYPES[q.dtype],
@@ -178,10 +181,12 @@ class CpuAttention:
         key_planes = pages(self.keys, batch, heads, tokens, dim, k.device)
         value_planes = pages(self.values, batch, heads, tokens, value_dim, k.device)
         start = torch.zeros(batch, dtype=torch.int64)
-        self.write(key_planes, value_planes, k, v, start)
+        center = center_of(k) if tokens >= CENTERED_FROM else None
+        self.write(key_planes, value_planes, k if center is None else k - center, v, start)
         if not causal:
             start += tokens - q.shape[2]
-        return self.attend(q, key_planes, value_planes, start, tokens, value_dim, mask, None, causal, scale, softcap)
+        return self.attend(q, key_planes, value_planes, start, tokens, value_dim, mask, None, causal, scale, softcap,
+                           center=center if softcap else None)  # fmt: skip
 
 
 def _pages(

@@ -47,11 +47,12 @@ def attend(pair: Pair, name: str, axes: Axes) -> str:
     Grid: parts of the tokens, sequences times key-value heads, blocks of BM queries. Query m of a head is query m // GROUP of
     the sequence in query head m % GROUP of the GROUP that share the key-value head.
     """
-    arguments = (f"q_ptr, {pair.planes()}, start_ptr, table_ptr, mask_ptr, out_ptr, stats_ptr, L, HEADS, "
+    arguments = (f"q_ptr, {pair.planes()}, start_ptr, table_ptr, mask_ptr, center_ptr, out_ptr, stats_ptr, L, HEADS, "
                  "q_b, q_h, q_l, mask_b, mask_h, mask_l, mask_t, mask_tokens, table_stride, page_tiles, room, factor, cap, "
                  "window, parts, "
                  + text.constexprs("D", "DV", "KP", "VP", "GROUP", "BT", "BM", "BK", "BV", "PAIR", "STAGES", "PAGED", "CAUSAL",
-                                   "MASK", "CAPPED", "WINDOW", "PARTIAL", "DEC_K", "DEC_V", "DOT", "TERMS"))  # fmt: skip
+                                   "MASK", "CAPPED", "CENTERED", "WINDOW", "PARTIAL", "DEC_K", "DEC_V", "DOT",
+                                   "TERMS"))  # fmt: skip
     body = [
         *_where(pair), *_range(), *_accumulators(pair, axes),
         "for step in tl.range(begin, end, num_stages=STAGES):",
@@ -80,6 +81,9 @@ def _where(pair: Pair) -> Iterator[str]:
     yield "rest = (whole.to(tl.float32) - q.to(tl.float32)).to(DOT)"
     if shifts(pair.keys):
         yield "sum_q = tl.sum(whole.to(tl.float32), 1) * factor"
+    yield "if CENTERED:"
+    yield "    center = tl.load(center_ptr + (sequence * HEADS + head) * D + d, mask=d < D, other=0.0)"
+    yield "    central = tl.sum(whole.to(tl.float32) * center[None, :], 1) * factor"
 
 
 def _range() -> Iterator[str]:
@@ -125,12 +129,10 @@ def _scores(pair: Pair, axes: Axes) -> Iterator[str]:
     first, second = ("g, tl.trans(q)", "g, tl.trans(rest)") if axes.left else ("q, tl.trans(g)", "rest, tl.trans(g)")
     yield f"s = tl.dot({first})"
     yield from ("if TERMS == 2:", f"    s = tl.dot({second}, s)")
-    if not hoists(pair.keys):
-        yield "s = s * factor"
-        return
-    yield f"s = s * {axes.of_tokens('(k_coeff * factor)')}"
-    if shifts(pair.keys):
+    yield f"s = s * {axes.of_tokens('(k_coeff * factor)') if hoists(pair.keys) else 'factor'}"
+    if hoists(pair.keys) and shifts(pair.keys):
         yield f"s += {axes.of_tokens('k_offset')} * {axes.of_queries('sum_q')}"
+    yield from ("if CENTERED:", f"    s += {axes.of_queries('central')}")
 
 
 def masked(axes: Axes) -> Iterator[str]:

@@ -84,6 +84,7 @@ class Attend:
     softcap: float
     window: int
     arch: int
+    center: torch.Tensor | None = None
 
     def run(self, out: torch.Tensor, tokens: int, mask: Mask, scale: float, tile: AttendTile | None) -> None:
         """Writes ``out`` [B, Hq, L, Dv]."""
@@ -119,15 +120,16 @@ class Attend:
         q, kernels, (kp, vp) = self.q, self.kernels, self._stored(out.shape[-1])
         heads, page_tiles = self.key_planes[0].shape[1:3]
         kernels.kernel("few" if tile.left else "many")[grid](
-            q, *self.key_planes, *self.value_planes, self.start, self.table, mask.tensor, out, stats, q.shape[2], heads,
-            *q.stride()[:3], *mask.strides, mask.tokens, self.table.stride(0) if self.table is not None else 0, page_tiles,
+            q, *self.key_planes, *self.value_planes, self.start, self.table, mask.tensor, self.center, out, stats, q.shape[2],
+            heads, *q.stride()[:3], *mask.strides, mask.tokens, self.table.stride(0) if self.table is not None else 0, page_tiles,
             room_of(self.key_planes, self.table),
             scale / self.softcap if self.softcap else scale * LOG2E, self.softcap * LOG2E, self.window, grid[0],
             D=q.shape[3], DV=out.shape[-1], KP=kp, VP=vp, GROUP=q.shape[1] // heads, BT=tile.tiles, BM=tile.queries,
             BK=power_of_two(kp), BV=power_of_two(vp), PAIR=4 if tiles.quads(self.arch, triton_version()) else 2,
             STAGES=tile.stages, PAGED=self.table is not None, CAUSAL=self.causal, MASK=mask.kind, CAPPED=self.softcap > 0,
-            WINDOW=self.window > 0, PARTIAL=stats is not None, DEC_K=self._decoded(0), DEC_V=self._decoded(1),
-            DOT=kernels.type(self._operand), TERMS=2 if q.dtype == torch.float32 else 1, **options(tile),
+            CENTERED=self.center is not None, WINDOW=self.window > 0, PARTIAL=stats is not None, DEC_K=self._decoded(0),
+            DEC_V=self._decoded(1), DOT=kernels.type(self._operand), TERMS=2 if q.dtype == torch.float32 else 1,
+            **options(tile),
         )  # fmt: skip
 
     @property

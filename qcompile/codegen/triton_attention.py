@@ -10,7 +10,7 @@ import torch
 
 from ..errors import FormatError, KernelBuildError
 from ..formats.algebra import codebook_of_gen
-from ..formats.layout import pages
+from ..formats.layout import CENTERED_FROM, center_of, pages
 from ..formats.scheme import Scheme
 from ..formats.spec import ROW, TILE_N, FormatSpec
 from ..target import Target
@@ -96,7 +96,7 @@ class TritonAttention:
     def attend(
         self, q: torch.Tensor, key_planes: Planes, value_planes: Planes, start: torch.Tensor, tokens: int, value_dim: int,
         mask: torch.Tensor | None = None, table: torch.Tensor | None = None, causal: bool = True, scale: float | None = None,
-        softcap: float = 0.0, window: int = 0, *, tile: AttendTile | None = None,
+        softcap: float = 0.0, window: int = 0, center: torch.Tensor | None = None, *, tile: AttendTile | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Softmax attention of ``q`` [B, Hq, L, D] over the packed tokens: ``[B, Hq, L, Dv]`` in ``q``'s dtype.
 
@@ -104,8 +104,8 @@ class TritonAttention:
         up to its own position, with ``window`` > 0 those above position − window. ``tokens`` bounds start + L from above. Token
         t of sequence b lies in page ``table[b, t // page]`` (int32 [B, pages]), or in page b. ``mask`` (True: may attend; or
         added to scores) is broadcast to [B, Hq, L, T]; tokens beyond T are not seen. ``scale`` None is 1/√D; scores s become
-        softcap·tanh(s/softcap) if ``softcap`` > 0. Dv is ``value_dim``. Queries that see nothing give zeros, and sequences longer
-        than their planes NaN. ``tile`` overrides the table's choice.
+        softcap·tanh(s/softcap) if ``softcap`` > 0. ``center`` [B, H, 1, D] is added to every key. Dv is ``value_dim``. Queries
+        that see nothing give zeros, and sequences longer than their planes NaN. ``tile`` overrides the table's choice.
         """
         target = self._target(q)
         if q.dtype not in TYPES:
@@ -114,7 +114,7 @@ class TritonAttention:
         if out.numel():
             with torch.cuda.device_of(q):
                 Attend(self, q if q.stride(3) == 1 else q.contiguous(), key_planes, value_planes, start, table, causal,
-                       softcap, window, int(target.arch)).run(
+                       softcap, window, int(target.arch), None if center is None else center.float().contiguous()).run(
                     out, tokens, Mask.of(mask, (q.shape[0], q.shape[1], q.shape[2])),
                     q.shape[3] ** -0.5 if scale is None else scale, tile)  # fmt: skip
         return out
@@ -156,10 +156,12 @@ class TritonAttention:
         (batch, heads, tokens, dim), value_dim = k.shape, v.shape[3]
         planes = [pages(s, batch, heads, tokens, d, k.device) for s, d in zip(self.formats, (dim, value_dim), strict=True)]
         start = torch.zeros(batch, dtype=torch.int64, device=k.device)
-        self.write(planes[0], planes[1], k, v, start)
+        center = center_of(k) if tokens >= CENTERED_FROM else None
+        self.write(planes[0], planes[1], k if center is None else k - center, v, start)
         if not causal:
             start += tokens - q.shape[2]
-        return self.attend(q, planes[0], planes[1], start, tokens, value_dim, mask, None, causal, scale, softcap)
+        return self.attend(q, planes[0], planes[1], start, tokens, value_dim, mask, None, causal, scale, softcap,
+                           center=center if softcap else None)  # fmt: skip
 
     def _eight_bits(self) -> str | None:
         """The kind of products in which both formats' codes are multiplied as they are."""

@@ -163,3 +163,13 @@ def pages(spec: FormatSpec, count: int, heads: int, tokens: int, dim: int, devic
     rows are ``tokens`` tokens, rounded up to tiles of 16, of ``dim`` elements."""
     shapes = [(count, heads, *spec.part_shape(p, tokens, dim)) for p in spec.parts]
     return [huge_pages.empty(shape, p.dtype, device).zero_() for shape, p in zip(shapes, spec.parts, strict=True)]
+
+
+CENTERED_FROM = 16
+"""Tokens whose mean is a better center of keys than zero, whatever they are: of fewer, the mean is mostly themselves."""
+
+
+def center_of(k: torch.Tensor) -> torch.Tensor:
+    """What keys ``k [B, H, L, D]`` are stored without: their mean by sequence and head, ``[B, H, 1, D]``. 0 where that is not
+    finite: a token that is not must not spoil the others."""
+    return k.mean(2, keepdim=True, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0).to(k.dtype)

@@ -12,6 +12,7 @@ struct Desk {
   float* scores;  // [MR][RUN][16]
   float* out;     // [MR][value_padded]
   float top[MR], total[MR];
+  float central[MR];  // product of a query and the center of its keys
 
   Desk(Scratch& scratch, const Attention& a) {
     x = scratch.take<int32_t>(a.padded / D::K * MR);
@@ -24,13 +25,17 @@ struct Desk {
     typename D::X row[LANES];
     memset(sums, 0, sizeof(float) * MR * (a.padded / span_of<FK>(a.padded)));
     for (int m = 0; m < MR; ++m) {
+      const int64_t center = (rows.sequence * a.heads + rows.head) * a.dim;
+      vf common = splat(0.0f);
       const int64_t at = rows.sequence * a.q_batch + rows.query_head(a, m) * a.q_head + rows.place(a, m) * a.q_row;
       for (int64_t k = 0; k < a.padded; k += LANES) {
         const vf part = load_any(a.q, a.dtype, at + k, a.dim - k);
+        if (a.center) common = fma(part, load_any(a.center, FLOAT32, center + k, a.dim - k), common);
         if (FK::OFFSET) sums[k / span_of<FK>(a.padded) * MR + m] += sum_of_lanes(part);
         put(row, part);
         for (int i = 0; i < LANES / D::K; ++i) memcpy(x + (k / D::K + i) * MR + m, row + i * D::K, 4);
       }
+      central[m] = a.center ? sum_of_lanes(common) : 0.0f;
     }
     for (int m = 0; m < MR; ++m) top[m] = NEVER, total[m] = 0.0f;
     memset(out, 0, sizeof(float) * MR * a.value_padded);
@@ -151,7 +156,7 @@ static __attribute__((noinline)) void attend_to(const Attention& a, const typena
       score_tile<FK, D, MR>(a, desk, tile_of<FK>(a, keys, rows.sequence, rows.head, at, a.padded), desk.scores + t * LANES);
       for (int m = 0; m < MR; ++m) {
         float* place = desk.scores + (m * RUN + t) * LANES;
-        const vf score = rows.seen(a, m, at, capped(a, load(place)));
+        const vf score = rows.seen(a, m, at, capped(a, load(place) + desk.central[m]));
         best[m] = larger(score, best[m]);
         store(place, score);
       }

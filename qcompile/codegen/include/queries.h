@@ -12,6 +12,7 @@ enum Mask { NO_MASK, BOOL_MASK, FLOAT_MASK };
 struct Attention {
   void* out;                                        // [batch, heads * group, length, value_dim], contiguous
   const void* q;                                    // [batch, heads * group, length, dim], neighbours in the last dimension
+  const float* center;                              // [batch, heads, dim]: what every key of a head is stored without, or null
   int64_t q_batch, q_head, q_row;                   // elements from one to the next
   int64_t batch, heads, group, length, dim, padded, value_dim, value_padded;
   Pages pages;
