@@ -205,7 +205,9 @@ class KVCache:
             self.length = self.dropped = self.settled = 0
 
     def select(self, sequences: torch.Tensor) -> None:
-        """The sequences of these numbers (int64, any of them several times) take the place of all."""
+        """The sequences of these numbers (int64, any of them several times) take the place of all, if there are any yet."""
+        if not self.keys:
+            return
         self.keys = [p.index_select(0, sequences.to(p.device)) for p in self.keys]
         self.values = [p.index_select(0, sequences.to(p.device)) for p in self.values]
         self.center = self.center.index_select(0, sequences.to(self.center.device))

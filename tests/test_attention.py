@@ -405,6 +405,7 @@ def test_who_is_selected_takes_the_center_along() -> None:
     k, v, q = far_from_zero(2, 2, 50, 64), torch.randn(2, 2, 50, 64), torch.randn(2, 4, 1, 64)
     k[1] += 20
     for cache in (KVCache("int8"), KVCache("int8", capacity=64)):
+        cache.select(torch.tensor([1, 0, 1]))  # nothing yet
         cache.append(k, v)
         before = cache.attend(q, softcap=3.0)
         cache.select(torch.tensor([1, 0, 1]))
