@@ -19,7 +19,7 @@ from qcompile.kv_cache import KVCache
 HEADS, GROUP, SIZE = 8, 4, 128
 """Heads of keys, queries to each, and their size, in Llama-3-8B."""
 CONTEXTS = (1024, 4096, 8192, 32768)
-FORMATS: tuple[Any, ...] = ("fp8", "int8", "int4", ("int8", "int4"))
+FORMATS: tuple[Any, ...] = ("fp8", "fp8_e4m3", "int8", "int4", ("int8", "int4"))
 COLD_BYTES = 128 << 20
 """Copies of a cache that are used in rotation add up to at least this much, so that none is found in a processor's cache."""
 

@@ -26,8 +26,9 @@ from .formats.layout import CENTERED_FROM, center_of, pages
 from .formats.ranges import range_planes
 from .formats.reference import quantize, sqnr
 
-ALIASES = {"fp8": "fp8_e4m3", "int4": "int4_g32"}
-"""Short names of formats for keys and values; every other format goes by its own name."""
+ALIASES = {"fp8": "fp8_e3m4", "int4": "int4_g32"}
+"""Short names of formats for keys and values; every other format goes by its own name. A token's scale gives e3m4 all the range
+that it needs, and it rounds half as coarsely as e4m3."""
 
 GROWTH = 256
 """Tokens that a growing cache makes room for at least."""

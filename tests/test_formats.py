@@ -86,7 +86,7 @@ def test_linear_and_integer_values_are_those_of_the_table(spec: FormatSpec) -> N
 
 BITS = {
     "fp8_e4m3": "8 + 32/K", "fp8_e5m2": "8 + 32/K", "fp8_e4m3_tensor": "8 + 32/(N*K)", "fp8_e5m2_tensor": "8 + 32/(N*K)",
-    "fp8_e4m3_b128": "8 + 1/512", "fp8_e5m2_b128": "8 + 1/512", "int8": "8 + 32/K",
+    "fp8_e3m4": "8 + 32/K", "fp8_e4m3_b128": "8 + 1/512", "fp8_e5m2_b128": "8 + 1/512", "int8": "8 + 32/K",
     **{f"int8_g{group}": f"8 + 16/{group}" for group in (32, 64, 128)},
     **{f"int{bits}_g{group}": f"{bits} + 32/{group}" for bits in range(2, 7) for group in (32, 64, 128)},
     **{f"int{bits}_sym_g{group}": f"{bits} + 16/{group}" for bits in range(2, 7) for group in (32, 64, 128)},
@@ -498,9 +498,10 @@ def test_schemes_and_their_keys() -> None:
 
 @each_format
 def test_activations_that_a_format_takes(spec: FormatSpec) -> None:
-    """int8: integer codes of all kinds, e2m1 (halves) and IQ4 (a table of integers); fp8: only fp8."""
+    """int8: integer codes of all kinds, e2m1 (halves) and IQ4 (a table of integers); fp8: only the fp8 that devices multiply."""
     name = spec.name.lower()
-    wanted = ("fp8",) if name.startswith("fp8_") else () if name.startswith(("nf4", "fp4")) else ("int8",)
+    none = name.startswith(("nf4", "fp4", "fp8_e3m4"))
+    wanted = () if none else ("fp8",) if name.startswith("fp8_") else ("int8",)
     assert activations_of(spec) == wanted
     for activations in ("int8", "fp8"):
         if activations in wanted:

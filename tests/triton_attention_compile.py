@@ -144,7 +144,7 @@ def facts(name: str, compiled: Any, options: dict[str, Any], arch: int) -> dict[
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 PAIRS = (("fp8_e4m3", "fp8_e4m3"), ("int4_g32", "int4_g32"), ("nf4_g32", "int4_zp_g32"), ("int8_g64", "fp8_e5m2"),
-         ("mxfp4", "mxfp4"), ("int8", "int8"))  # fmt: skip
+         ("mxfp4", "mxfp4"), ("int8", "int8"), ("fp8_e3m4", "fp8_e3m4"))  # fmt: skip
 SHAPES = ((128, 4, 1), (128, 4, 512), (64, 8, 4), (256, 4, 256), (80, 1, 64), (256, 2, 1))
 """Channels, query heads of a key-value head, new tokens."""
 
@@ -157,6 +157,7 @@ def tasks() -> Iterator[Task]:
     for j, arch in enumerate(ARCHES):
         yield Task("int8", "int8", arch, FLOAT, *SHAPES[(0, 1, 3, 5)[j]])
         yield Task(*PAIRS[j + 1 if j < 3 else 0], arch, BRAIN, 128, 1, (1, 512)[j % 2], "write")
+        yield Task("fp8_e3m4", "fp8_e3m4", arch, (BRAIN, HALF)[j % 2], 128, 1, (512, 1)[j % 2], "write")
         shape = ((128, 4, 512), (256, 2, 64), (128, 4, 512), (64, 1, 512))[j]
         yield Task("fp8", "", arch, (BRAIN, HALF)[j % 2], *shape, "prefill")
     for arch in (90, 100):

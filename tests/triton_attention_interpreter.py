@@ -39,7 +39,7 @@ from qcompile.formats import FormatSpec, Scheme, get, reference
 from qcompile.formats.layout import center_of
 
 WRITTEN = ("fp8_e4m3", "fp8_e5m2", "int8", "int8_g64", "int4_g32", "int4_sym_g32", "int4_zp_g32", "nf4_g32", "fp4_g32",
-           "int3_g32", "row_zero", "byte_zero", "six_sym", "fp6", "odd_zero")  # fmt: skip
+           "int3_g32", "row_zero", "byte_zero", "six_sym", "fp6", "fp8_e3m4", "odd_zero")  # fmt: skip
 
 
 # write ----------------------------------------------------------------------------------------------------------------
@@ -125,7 +125,8 @@ HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 BASE = Attend("int8", "int8", FLOAT)
 CALLS = (
     *(Attend(f, f, dtype, 64, length=length) for f in (*WRITTEN[:-1], "mxfp4") for dtype, length in ((FLOAT, 1), (HALF, 3))),
-    *(Attend(f, f, dtype, 128, length=17, tile=MANY) for f, dtype in zip(WRITTEN, (HALF, BRAIN, FLOAT) * 5, strict=True)),
+    *(Attend(f, f, dtype, 128, length=17, tile=MANY)
+      for f, dtype in zip(WRITTEN, itertools.cycle((HALF, BRAIN, FLOAT)), strict=False)),
     Attend("fp6_blocks", "two_scales", HALF, 128, length=17, tile=MANY),
     *(Attend("int8", "fp8_e4m3", dtype, dim, length=length) for dim, length in ((72, 3), (80, 1), (96, 17), (256, 1))
       for dtype in (HALF, BRAIN)),

@@ -19,7 +19,7 @@ def cache_struct(spec: FormatSpec) -> str:
     finite = table[torch.isfinite(table)]
     step, base = linear if linear is not None else (1.0, 0.0)
     book = codebook_of_gen(spec)
-    shape = book.minifloat if book is not None and book.cast is not None else None
+    shape = book.minifloat if book is not None and book.minifloat is not None and sum(book.minifloat) == 7 else None
     bias = 2 ** (shape[0] - 1) - 1 if shape is not None else 0
     half = 1 << (len(patterns) - 1).bit_length() - 1
     kind = "NO_ZERO" if zero is None else "ZERO_POINT" if zero.is_integer else "ADDED"

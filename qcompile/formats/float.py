@@ -1,4 +1,8 @@
-"""Floating-point formats: fp8 (OCP 8-bit Floating Point Specification, revision 1.0), MXFP4 and NVFP4."""
+"""Floating-point formats: fp8 (OCP 8-bit Floating Point Specification, revision 1.0), MXFP4 and NVFP4.
+
+e3m4 is OCP's e4m3 with a bit moved from the exponent to the mantissa (bias 3, largest value 30, NaN is the last pattern, no
+infinities). Under a scale of its own a row needs no more range, and is rounded half as coarsely.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,7 @@ def _unsigned_exponent() -> tuple[float, ...]:
 
 
 E4M3 = Codebook("E4M3", _values(4, 3, infinities=False), minifloat=(4, 3), cast=torch.float8_e4m3fn)
+E3M4 = Codebook("E3M4", _values(3, 4, infinities=False), minifloat=(3, 4))
 E5M2 = Codebook("E5M2", _values(5, 2, infinities=True), minifloat=(5, 2), cast=torch.float8_e5m2)
 E8M0 = Codebook("E8M0", _unsigned_exponent(), minifloat=(8, 0))
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -42,7 +47,8 @@ E2M1 = Codebook("E2M1", (*_E2M1, *(-v for v in _E2M1)), minifloat=(2, 1))
 
 
 def fp8(book: Codebook, name: str, per: int = ROW, rows: int = 1) -> FormatSpec:
-    """``scale * float8(q)`` with one float32 scale per row, block or tensor; largest value 448 (e4m3) or 57344 (e5m2)."""
+    """``scale * float8(q)`` with one float32 scale per row, block or tensor; largest value 30 (e3m4), 448 (e4m3),
+    57344 (e5m2)."""
     return FormatSpec(name, (Plane("scale", "f32", per, rows), Plane("q", "u8")), value=scale * book(q), codebooks=(book,))
 
 
@@ -61,5 +67,5 @@ NVFP4 = FormatSpec(
 FORMATS = (
     *(fp8(book, f"fp8_{name}{tail}", per, rows) for book, name in ((E4M3, "e4m3"), (E5M2, "e5m2"))
       for tail, per, rows in (("", ROW, 1), ("_tensor", ROW, ALL), ("_b128", 128, 128))),
-    MXFP4, NVFP4,
+    fp8(E3M4, "fp8_e3m4"), MXFP4, NVFP4,
 )  # fmt: skip
