@@ -131,8 +131,7 @@ class KVCache:
             held = f"{list(self.keys[0].shape[:2])} sequences and heads with values of {self.value_dim}"
             raise LayoutError(f"KV cache: holds {held}; found keys {list(k.shape)} and values {list(v.shape)}; use one cache for "
                               "each batch")  # fmt: skip
-        if k.shape[2] >= CENTERED_FROM:
-            self._find_center(k)
+        self._find_center(k)
         if isinstance(self.length, torch.Tensor):
             start = self.starts()
             self.length.add_(k.shape[2])
@@ -147,7 +146,8 @@ class KVCache:
     def _find_center(self, k: torch.Tensor) -> None:
         """Of an empty cache: the mean of ``k``, the tokens that come first."""
         if isinstance(self.length, torch.Tensor):
-            self.center.copy_(torch.where(self.length == 0, center_of(k), self.center))
+            if k.shape[2] >= CENTERED_FROM:  # fewer leave zeros, or what any tokens may have for a center
+                self.center.copy_(torch.where(self.length == 0, center_of(k), self.center))
         elif self.length == 0:
             self.center = center_of(k)
 

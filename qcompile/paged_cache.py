@@ -9,7 +9,7 @@ import torch
 
 from . import ops
 from .errors import LayoutError
-from .formats.layout import CENTERED_FROM, center_of, pages
+from .formats.layout import center_of, pages
 from .kv_cache import formats_of
 
 
@@ -58,8 +58,7 @@ class PagedKVCache:
         for s, count in needed.items():
             self.sequences[s] += [self.free.pop() for _ in range(count)]
         start, table = self._where(sequences)
-        means = center_of(k) if k.shape[2] >= CENTERED_FROM else torch.zeros_like(k[:, :, :1])
-        self.centers |= {s: mean for s, mean in zip(sequences, means, strict=True) if not self.lengths[s]}
+        self.centers |= {s: center for s, center in zip(sequences, center_of(k), strict=True) if not self.lengths[s]}
         ops.kv_write(self.keys, self.values, k - self._centers(sequences), v, start, table, self.schemes[0].key,
                      self.schemes[1].key)  # fmt: skip
         for s in sequences:

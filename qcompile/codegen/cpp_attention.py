@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import LayoutError
-from ..formats.layout import CENTERED_FROM, center_of, pages
+from ..formats.layout import center_of, pages
 from ..formats.scheme import Scheme
 from ..formats.spec import FormatSpec
 from .cpp import DTYPES
@@ -181,8 +181,8 @@ class CpuAttention:
         key_planes = pages(self.keys, batch, heads, tokens, dim, k.device)
         value_planes = pages(self.values, batch, heads, tokens, value_dim, k.device)
         start = torch.zeros(batch, dtype=torch.int64)
-        center = center_of(k) if tokens >= CENTERED_FROM else None
-        self.write(key_planes, value_planes, k if center is None else k - center, v, start)
+        center = center_of(k)
+        self.write(key_planes, value_planes, k - center, v, start)
         if not causal:
             start += tokens - q.shape[2]
         return self.attend(q, key_planes, value_planes, start, tokens, value_dim, mask, None, causal, scale, softcap,

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import FormatError, KernelBuildError
 from ..formats.algebra import codebook_of_gen
-from ..formats.layout import CENTERED_FROM, center_of, pages
+from ..formats.layout import center_of, pages
 from ..formats.scheme import Scheme
 from ..formats.spec import ROW, TILE_N, FormatSpec
 from ..target import Target
@@ -156,8 +156,8 @@ class TritonAttention:
         (batch, heads, tokens, dim), value_dim = k.shape, v.shape[3]
         planes = [pages(s, batch, heads, tokens, d, k.device) for s, d in zip(self.formats, (dim, value_dim), strict=True)]
         start = torch.zeros(batch, dtype=torch.int64, device=k.device)
-        center = center_of(k) if tokens >= CENTERED_FROM else None
-        self.write(planes[0], planes[1], k if center is None else k - center, v, start)
+        center = center_of(k)
+        self.write(planes[0], planes[1], k - center, v, start)
         if not causal:
             start += tokens - q.shape[2]
         return self.attend(q, planes[0], planes[1], start, tokens, value_dim, mask, None, causal, scale, softcap,

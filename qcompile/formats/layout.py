@@ -170,6 +170,9 @@ CENTERED_FROM = 16
 
 
 def center_of(k: torch.Tensor) -> torch.Tensor:
-    """What keys ``k [B, H, L, D]`` are stored without: their mean by sequence and head, ``[B, H, 1, D]``. 0 where that is not
-    finite: a token that is not must not spoil the others."""
+    """What keys ``k [B, H, L, D]``, the first of their sequences, are stored without: their mean by sequence and head,
+    ``[B, H, 1, D]``. 0 for fewer than :data:`CENTERED_FROM`, and where it is not finite: a token that is not must not spoil the
+    others."""
+    if k.shape[2] < CENTERED_FROM:
+        return k.new_zeros(*k.shape[:2], 1, k.shape[3])
     return k.mean(2, keepdim=True, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0).to(k.dtype)
