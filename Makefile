@@ -53,6 +53,7 @@ $(READY): pyproject.toml
 	touch $@
 
 $(VENV)/.ready-peers: $(READY) Makefile
+	$(BIN)/pip install --quiet cmake ninja scikit-build-core
 	BUILD_CUDA_EXT=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target $(VENV)/peers $(PEERS)
 	touch $@
 
