@@ -15,6 +15,7 @@ from qcompile.errors import FormatError, LayoutError, OptionError
 from qcompile.formats import Scheme, get, register_scheme
 from qcompile.formats.layout import pages
 from qcompile.formats.reference import decode
+from qcompile.formats.turning import turned
 from qcompile.kv_cache import KVCache
 from qcompile.paged_cache import PagedKVCache
 
@@ -34,11 +35,16 @@ def scheme(name: str) -> Scheme:
     return found
 
 
-def decoded(name: str, planes: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """float64 [pages, heads, tokens, dim]."""
+def stored(name: str, planes: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """What planes decode to: [pages, heads, tokens, dim]."""
     count, heads, tiles = planes[0].shape[:3]
     flat = [[decode(get(name), [p[i, h] for p in planes], 16 * tiles, dim) for h in range(heads)] for i in range(count)]
-    return torch.stack([torch.stack(row) for row in flat]).double()
+    return torch.stack([torch.stack(row) for row in flat])
+
+
+def decoded(name: str, planes: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """What planes hold, turned back: float64 [pages, heads, tokens, dim]."""
+    return turned(get(name), stored(name, planes, dim))
 
 
 def reference(
@@ -173,9 +179,9 @@ def test_write_rounds_to_nearest(name: str) -> None:
     spec, k = get(name), torch.randn(1, 2, 40, 128)
     k[0, 0, 3] = 0.0
     k[0, 1, 5, 7] = 300.0
-    found = decoded(name, filled(name, name, k, k, 48)[0], 128)[:, :, :40]
+    found = stored(name, filled(name, name, k, k, 48)[0], 128)[:, :, :40].double()
     group = next(p.per for p in spec.scales if p.name == "scale" or p.name == "absmax") or 128
-    wide = k.double().unflatten(-1, (-1, group))
+    wide = turned(spec, k).unflatten(-1, (-1, group))
     error = (found.unflatten(-1, (-1, group)) - wide).abs()
     most = wide.abs().amax(-1, keepdim=True)
     if name.startswith("fp8"):

@@ -19,6 +19,7 @@ from ..errors import LayoutError
 from ..formats.layout import center_of, pages
 from ..formats.scheme import Scheme
 from ..formats.spec import FormatSpec
+from ..formats.turning import turned_together
 from .cpp import DTYPES
 from .cpp_build import load_library
 from .cpp_cache import cache_struct
@@ -83,7 +84,7 @@ class _Attention(_Fields):
     _fields_ = [
         *_fields("out q center", "q_batch q_head q_row batch heads group length dim padded value_dim value_padded"),
         *_fields("start table", "table_row page pages"),
-        *_fields("mask", "mask_batch mask_head mask_row mask_token mask_tokens tokens window"),
+        *_fields("mask", "mask_batch mask_head mask_row mask_token mask_tokens tokens window key_turn value_turn"),
         *((n, ctypes.c_float) for n in ("scale", "softcap")),
         *((n, ctypes.c_int) for n in ("dtype", "mask_kind", "mask_dtype", "causal", "threads")),
     ]
@@ -92,7 +93,7 @@ class _Attention(_Fields):
 class _Append(_Fields):
     _fields_ = [
         *_fields("x", "x_batch x_head x_row batch heads length dim padded"),
-        *_fields("start table", "table_row page pages"),
+        *_fields("start table", "table_row page pages turn"),
         *((n, ctypes.c_int) for n in ("dtype", "threads")),
     ]
 
@@ -128,7 +129,7 @@ class CpuAttention:
                 x = x.contiguous()
             job = _Append.of(
                 x=x.data_ptr(), x_batch=x.stride(0), x_head=x.stride(1), x_row=x.stride(2), batch=batch, heads=heads,
-                length=length, dim=dim, padded=spec.padded(1, dim)[1], dtype=DTYPES[x.dtype],
+                length=length, dim=dim, padded=spec.padded(1, dim)[1], turn=turned_together(spec, dim), dtype=DTYPES[x.dtype],
                 threads=torch.get_num_threads(), **_pages(spec, planes, start, table),
             )  # fmt: skip
             if function(job, *(p.data_ptr() for p in planes)):
@@ -162,6 +163,7 @@ class CpuAttention:
             length=length, dim=dim, padded=self.keys.padded(1, dim)[1],
             value_dim=value_dim, value_padded=self.values.padded(1, value_dim)[1], tokens=tokens,
             **_pages(self.keys, key_planes, start, table), window=window, softcap=softcap,
+            key_turn=turned_together(self.keys, dim), value_turn=turned_together(self.values, value_dim),
             scale=1 / math.sqrt(dim) if scale is None else scale, dtype=DTYPES[q.dtype],
             mask_kind=kind, causal=int(causal), threads=torch.get_num_threads(), **members,
         )  # fmt: skip

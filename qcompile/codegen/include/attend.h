@@ -7,6 +7,7 @@ namespace {
 // What one thread works in: queries as the dot wants them, scores of a run, unscaled outputs.
 template <class FK, class D, int MR>
 struct Desk {
+  float* row;     // [padded]: a query
   int32_t* x;     // [padded / D::K][MR]
   float* sums;    // [spans][MR]
   float* scores;  // [MR][RUN][16]
@@ -15,14 +16,15 @@ struct Desk {
   float central[MR];  // product of a query and the center of its keys
 
   Desk(Scratch& scratch, const Attention& a) {
+    row = scratch.take<float>(a.padded);
     x = scratch.take<int32_t>(a.padded / D::K * MR);
     sums = scratch.take<float>(a.padded / span_of<FK>(a.padded) * MR);
     scores = scratch.take<float>(MR * RUN * LANES);
     out = scratch.take<float>(MR * a.value_padded);
   }
 
-  void load_queries(const Attention& a, const Queries<MR>& rows) {
-    typename D::X row[LANES];
+  void load_queries(const Attention& a, const Turn& turn, const Queries<MR>& rows) {
+    typename D::X operands[LANES];
     memset(sums, 0, sizeof(float) * MR * (a.padded / span_of<FK>(a.padded)));
     for (int m = 0; m < MR; ++m) {
       const int64_t center = (rows.sequence * a.heads + rows.head) * a.dim;
@@ -31,9 +33,14 @@ struct Desk {
       for (int64_t k = 0; k < a.padded; k += LANES) {
         const vf part = load_any(a.q, a.dtype, at + k, a.dim - k);
         if (a.center) common = fma(part, load_any(a.center, FLOAT32, center + k, a.dim - k), common);
+        store(row + k, part);
+      }
+      turn.apply(row, a.dim);
+      for (int64_t k = 0; k < a.padded; k += LANES) {
+        const vf part = load(row + k);
         if (FK::OFFSET) sums[k / span_of<FK>(a.padded) * MR + m] += sum_of_lanes(part);
-        put(row, part);
-        for (int i = 0; i < LANES / D::K; ++i) memcpy(x + (k / D::K + i) * MR + m, row + i * D::K, 4);
+        put(operands, part);
+        for (int i = 0; i < LANES / D::K; ++i) memcpy(x + (k / D::K + i) * MR + m, operands + i * D::K, 4);
       }
       central[m] = a.center ? sum_of_lanes(common) : 0.0f;
     }
@@ -168,8 +175,9 @@ static __attribute__((noinline)) void attend_to(const Attention& a, const typena
   }
 }
 
-// A row of the result: sums over total, zero where nothing was seen.
-static void finish_row(const Attention& a, int64_t row, const float* out, float total) {
+// A row of the result: sums, turned back, over total; zero where nothing was seen.
+static void finish_row(const Attention& a, const Turn& turn, int64_t row, float* out, float total) {
+  turn.apply(out, a.value_dim);
   const vf share = splat(total > 0.0f ? 1.0f / total : 0.0f);
   for (int64_t d = 0; d < a.value_dim; d += LANES) {
     const vf value = load(out + d) * share;
@@ -181,7 +189,7 @@ static void finish_row(const Attention& a, int64_t row, const float* out, float 
 }
 
 // Parts of a row by different splits, in their order: [splits] of value_padded sums, top, total.
-static void merge_row(const Attention& a, int64_t row, float* parts, int64_t splits, int64_t stride) {
+static void merge_row(const Attention& a, const Turn& turn, int64_t row, float* parts, int64_t splits, int64_t stride) {
   float top = NEVER, total = 0.0f;
   for (int64_t s = 0; s < splits; ++s) top = parts[s * stride + a.value_padded] > top ? parts[s * stride + a.value_padded] : top;
   for (int64_t s = 0; s < splits; ++s) {
@@ -193,7 +201,7 @@ static void merge_row(const Attention& a, int64_t row, float* parts, int64_t spl
       store(parts + d, s ? load(parts + d) + own : own);
     }
   }
-  finish_row(a, row, parts, total);
+  finish_row(a, turn, row, parts, total);
 }
 
 enum Failure { NO_FAILURE, NO_MEMORY, NO_PAGE };
@@ -210,6 +218,7 @@ static int attend_rows(const Attention& a, const typename FK::Planes& keys, cons
   char* memory = (char*)aligned_alloc(64, (size_t)(a.threads * each + parts + 64) / 64 * 64);
   if (!memory) return NO_MEMORY;
   float* merged = (float*)(memory + a.threads * each);
+  const Turn turn(a.key_turn), turn_back(a.value_turn);
 #pragma omp parallel num_threads(a.threads)
   {
     Scratch scratch = {memory + omp_get_thread_num() * each, 0};
@@ -220,12 +229,12 @@ static int attend_rows(const Attention& a, const typename FK::Planes& keys, cons
       const Queries<MR> queries(a, head / a.heads, head % a.heads, block * MR);
       const int64_t begin = splits > 1 && split * SPLIT > queries.least ? split * SPLIT : queries.least;
       const int64_t end = splits > 1 && (split + 1) * SPLIT < queries.most ? (split + 1) * SPLIT : queries.most;
-      desk.load_queries(a, queries);
+      desk.load_queries(a, turn, queries);
       if (begin < end) attend_to<FK, FV, D, MR>(a, keys, values, queries, begin, end, desk);
       for (int m = 0; m < queries.count; ++m) {
-        const float* out = desk.out + m * a.value_padded;
+        float* out = desk.out + m * a.value_padded;
         if (splits == 1) {
-          finish_row(a, queries.out_row(a, m), out, desk.total[m]);
+          finish_row(a, turn_back, queries.out_row(a, m), out, desk.total[m]);
           continue;
         }
         float* part = merged + ((head * rows + queries.row(m)) * splits + split) * stride;
@@ -237,7 +246,7 @@ static int attend_rows(const Attention& a, const typename FK::Planes& keys, cons
 #pragma omp for
       for (int64_t i = 0; i < a.batch * a.heads * rows; ++i) {
         const Queries<1> query(a, i / rows / a.heads, i / rows % a.heads, i % rows);
-        merge_row(a, query.out_row(a, 0), merged + i * splits * stride, splits, stride);
+        merge_row(a, turn_back, query.out_row(a, 0), merged + i * splits * stride, splits, stride);
       }
     }
   }

@@ -3,11 +3,40 @@ namespace {
 
 enum Zero { NO_ZERO, ZERO_POINT, ADDED };
 
+// Every `each` neighbouring channels, a power of two, times the Walsh-Hadamard matrix over the root of `each`: its own inverse.
+struct Turn {
+  int64_t each;
+  alignas(64) float within[LANES][LANES];  // the matrix of a vector
+
+  explicit Turn(int64_t each) : each(each) {
+    const float size = 1.0f / sqrtf((float)each);
+    for (int64_t l = 0; l < LANES; ++l)
+      for (int64_t m = 0; m < LANES; ++m)
+        within[l][m] = (l ^ m) & -each ? 0.0f : __builtin_parityll(l & m & (each - 1)) ? -size : size;
+  }
+
+  void apply(float* x, int64_t dim) const {  // reads and writes whole vectors
+    if (each == 1) return;
+    for (int64_t i = 0; i < dim; i += LANES) {
+      vf sum = splat(0.0f);
+      QC_UNROLL for (int l = 0; l < LANES; ++l) sum = fma(splat(x[i + l]), load(within[l]), sum);
+      store(x + i, sum);
+    }
+    for (int64_t half = LANES; half < each; half *= 2)
+      for (int64_t i = 0; i < dim; i += LANES) {
+        if (i & half) continue;
+        const vf a = load(x + i), b = load(x + i + half);
+        store(x + i, a + b), store(x + i + half, a - b);
+      }
+  }
+};
+
 struct Append {
   const void* x;  // [batch, heads, length, dim] of dtype, neighbours in the last dimension
   int64_t x_batch, x_head, x_row;
   int64_t batch, heads, length, dim, padded;
   Pages pages;
+  int64_t turn;  // channels that are turned together
   int dtype, threads;
 };
 
@@ -103,6 +132,7 @@ static bool append(const Append& job, const typename Q::Planes& planes) {
   if (!job.pages.hold(job.batch, job.length, INT64_MAX)) return false;
   for (int64_t b = 0; b < job.batch; ++b)
     if (job.pages.start[b] < 0) return false;
+  const Turn turn(job.turn);
 #pragma omp parallel num_threads(job.threads)
   {
     // A group that is no multiple of a vector is read, and its codes written, a little beyond its end.
@@ -116,6 +146,7 @@ static bool append(const Append& job, const typename Q::Planes& planes) {
       const int64_t place = (job.pages.of(b, token) * job.heads + h) * job.pages.page + token % job.pages.page;
       const typename Q::Planes tile = Q::tile(planes, place / LANES, job.padded);
       for (int64_t k = 0; k < job.padded; k += LANES) store(row + k, load_any(job.x, job.dtype, at + k, job.dim - k));
+      turn.apply(row, job.dim);
       const int64_t group = Q::GROUP ? Q::GROUP : job.padded;
       for (int64_t k = 0; k < job.padded; k += group)
         quantize_group<Q>(row + k, group, tile, k, (int)(place % LANES), codes + k);

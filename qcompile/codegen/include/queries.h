@@ -20,6 +20,7 @@ struct Attention {
   int64_t mask_batch, mask_head, mask_row, mask_token, mask_tokens;
   int64_t tokens;                                   // no sequence has more
   int64_t window;                                   // tokens that a query sees up to its own; 0: all
+  int64_t key_turn, value_turn;                     // channels that are turned together in keys, in values
   float scale, softcap;
   int dtype, mask_kind, mask_dtype, causal, threads;
 };
