@@ -348,8 +348,15 @@ def outliers(*shape: int) -> torch.Tensor:
     return torch.where(torch.rand(shape) < 1e-3, 30 * x, x)
 
 
-@pytest.mark.parametrize("kind,made,bound", [("fp8", torch.randn, 2.2e-2), ("int8", torch.randn, 1.2e-2), ("fp8", outliers, 3e-2),
-                                             ("fp8_e4m3", torch.randn, 4e-2), ("fp8_e4m3", outliers, 5e-2)])  # fmt: skip
+def heavy(*shape: int) -> torch.Tensor:
+    """Normal, and one number of a thousand by ten more (FlashAttention-3, arXiv:2407.08608)."""
+    return torch.randn(*shape) + torch.where(torch.rand(shape) < 1e-3, 10 * torch.randn(*shape), 0.0)
+
+
+@pytest.mark.parametrize("kind,made,bound", [
+    ("fp8", torch.randn, 2.2e-2), ("int8", torch.randn, 1e-2), ("fp8", outliers, 3e-2),
+    ("fp8_e4m3", torch.randn, 4e-2), ("fp8_e4m3", outliers, 5e-2),
+])  # fmt: skip
 def test_error_does_not_grow_with_length(kind: str, made: Callable[..., torch.Tensor], bound: float) -> None:
     """Against float64 attention over the keys and values themselves."""
     torch.manual_seed(0)
@@ -361,6 +368,21 @@ def test_error_does_not_grow_with_length(kind: str, made: Callable[..., torch.Te
         worst[length] = relative(cache.attend(q), reference(q, k.double(), v.double(), torch.tensor([length - 1])))
     assert max(worst.values()) <= bound, worst
     assert worst[32768] <= 1.3 * max(worst[40], worst[1000]), worst
+
+
+@pytest.mark.parametrize("kind,bound", [("fp8", 3e-2), ("int8", 1e-2), ("int4", 0.15)])
+@pytest.mark.parametrize("length", [1, 40, 1000, 32768])
+def test_numbers_far_out_set_no_others_step(kind: str, bound: float, length: int) -> None:
+    """Over three draws of queries, keys and values."""
+    torch.manual_seed(0)
+    outs, exact = [], []
+    for _ in range(3):
+        k, v, q = heavy(1, 4, length, 64), heavy(1, 4, length, 64), heavy(1, 32, 1, 64)
+        cache = KVCache(kind)
+        cache.append(k, v)
+        outs.append(cache.attend(q))
+        exact.append(reference(q, k.double(), v.double(), torch.tensor([length - 1])))
+    assert relative(torch.cat(outs), torch.cat(exact)) <= bound
 
 
 def far_from_zero(*shape: int) -> torch.Tensor:
