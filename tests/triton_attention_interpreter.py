@@ -27,16 +27,19 @@ from triton_attention_reference import (
     correct_casts,
     empty_planes,
     garbage,
+    in_eighths,
     ranged,
     repacked,
     rows_of,
     spec_of,
+    turned_in_eighths,
 )
 
 from qcompile.codegen.triton_attend_tiles import AttendTile
 from qcompile.codegen.triton_attention import triton_attention, triton_prefill
 from qcompile.formats import FormatSpec, Scheme, get, reference
 from qcompile.formats.layout import center_of
+from qcompile.formats.turning import turned
 
 WRITTEN = ("fp8_e4m3", "fp8_e5m2", "int8", "int8_g64", "int4_g32", "int4_sym_g32", "int4_zp_g32", "nf4_g32", "fp4_g32",
            "int3_g32", "row_zero", "byte_zero", "six_sym", "fp6", "fp8_e3m4", "odd_zero")  # fmt: skip
@@ -53,12 +56,14 @@ def written(spec: FormatSpec, dim: int, length: int, paged: bool) -> Iterator[Ca
     table = torch.randperm(8)[:6].view(2, 3).int() if paged else None
     planes = [empty_planes(spec, 8 if paged else batch, heads, page, dim) for _ in range(2)]
     new = [torch.randn(batch, length, heads, dim).transpose(1, 2) * torch.rand(batch, heads, length, 1) * f for f in (1.0, 30.0)]
+    new = [in_eighths(x) for x in new]
     new[0][0, 0, 0] = 0.0
+    held = [turned_in_eighths(spec, x) for x in new]
     triton_attention(Scheme(spec), Scheme(spec)).write(planes[0], planes[1], new[0], new[1], start, table)
     at = [[(int(table[b, t // page]) if table is not None else b, t % page) for t in range(start[b], start[b] + length)]
           for b in range(batch)]  # fmt: skip
     unequal, untouched, error, best = 0, True, 0.0, 0.0
-    for side, x in zip(planes, new, strict=True):
+    for side, x in zip(planes, held, strict=True):
         for b, h in itertools.product(range(batch), range(heads)):
             packed = [repacked(torch.stack([rows_of(p)[i, h, j] for i, j in at[b]])) for p in side]
             unequal += sum(int((a[:, :, :] != w).sum()) for a, w in zip(packed, ranged(spec, x[b, h]), strict=True))
@@ -85,7 +90,7 @@ def unusual(name: str) -> Iterator[Case]:
     for i, value in enumerate((math.nan, math.inf, -math.inf)):
         new[1, 0, 4 + i, 7] = value
     kernels.write(planes, planes, new, new, torch.tensor([20, 0]))
-    decoded = [reference.decode(spec, [p[b, 0] for p in planes], 32, 64) for b in range(2)]
+    decoded = [turned(spec, reference.decode(spec, [p[b, 0] for p in planes], 32, 64)) for b in range(2)]
     bad = decoded[1][4:7, 7].isnan().all() and decoded[1][[*range(4), *range(7, 32)]].isfinite().all()
     yield f"{name} not finite", float(not bad), 0.0
     apart = (decoded[0][20:] - new[0, 0, :12]).norm() / new[0, 0, :12].norm()
@@ -176,8 +181,10 @@ def packed_here(dtype: torch.dtype) -> Iterator[Case]:
     made = [torch.randn(2, heads, tokens, 64).to(dtype) for heads, tokens in ((4, 9), (2, 30), (2, 30))]
     made[1][..., 5] += 40.0
     kernels, center = triton_attention(Scheme(get("fp8_e4m3")), Scheme(get("int8"))), center_of(made[1])
-    sides = [torch.stack([torch.stack([reference.decode(s, ranged(s, rows.float()), 30, 64) for rows in b]) for b in x])
-             for s, x in zip(kernels.formats, (made[1] - center, made[2]), strict=True)]  # fmt: skip
+    sides = []
+    for s, x in zip(kernels.formats, (made[1] - center, made[2]), strict=True):
+        held = turned(s, x).float().flatten(0, 1)
+        sides.append(turned(s, torch.stack([reference.decode(s, ranged(s, rows), 30, 64) for rows in held])).view_as(x))
     sides[0] = sides[0] + center
     for causal, softcap in itertools.product((True, False), (0.0, 2.0)):
         want = attention(made[0], *sides, [30, 30], torch.arange(9).expand(2, -1), None, causal, 0.2, softcap, 0)

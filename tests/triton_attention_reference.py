@@ -19,6 +19,7 @@ from qcompile.formats.codes import nearest_entry
 from qcompile.formats.float import E8M0
 from qcompile.formats.layout import pack_plane
 from qcompile.formats.ranges import range_planes
+from qcompile.formats.turning import turned, turned_together
 
 Case = tuple[str, float, float]
 Planes = list[torch.Tensor]
@@ -110,7 +111,7 @@ def cache_of(spec: FormatSpec, x: torch.Tensor, page: int, table: torch.Tensor |
     for b in range(batch):
         for h in range(heads):
             whole = reference.quantize(spec, x[b, h])
-            decoded[b, h] = reference.decode(spec, whole, tokens, dim).double()
+            decoded[b, h] = turned(spec, reference.decode(spec, whole, tokens, dim))
             for plane, part in zip(planes, whole, strict=True):
                 for t in range(0, kept[b], page):
                     at = b if table is None else int(table[b, t // page])
@@ -129,6 +130,17 @@ def stored_as(plane: Plane, value: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     """Entries of a float plane, and what is read back."""
     entries = value.to(plane.entry_dtype)
     return entries, entries.float()
+
+
+def in_eighths(x: torch.Tensor) -> torch.Tensor:
+    """``x`` rounded so that sums of 256 of them are exact in float32, in any order."""
+    return torch.round(x * 8) / 8 + 0.0  # no negative zeros
+
+
+def turned_in_eighths(spec: FormatSpec, x: torch.Tensor) -> torch.Tensor:
+    """:func:`turned` as the kernels round it: exact sums, times the float32 nearest to what makes the matrix orthogonal."""
+    each = turned_together(spec, x.shape[-1])
+    return in_eighths(turned(spec, x) * each**0.5).float() * each**-0.5
 
 
 def ranged(spec: FormatSpec, x: torch.Tensor) -> Planes:

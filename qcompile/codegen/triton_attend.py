@@ -8,6 +8,7 @@ scores, coeff of a value its probabilities. Other periods are decoded to the ope
 Two orientations of one text (:class:`Axes`): with few queries tokens are the rows of S = K·Qᵀ, and channels those of
 O = Vᵀ·P, so that 16 queries cost 16 columns and not 64 rows; with many queries it is S = Q·Kᵀ and O = P·V. Float32
 queries, and then probabilities, go in as two 16-bit terms (TERMS = 2): exact to 2^-17 where the elements of codes are exact.
+Where channels of keys are turned, so are queries and centers beforehand; where those of values are, so are outputs, afterwards.
 """
 
 from __future__ import annotations
@@ -208,8 +209,9 @@ MERGED = 16
 
 
 def merge(name: str) -> str:
-    """out[row] = Σ 2^(most − top)·acc / Σ 2^(most − top)·total over parts, in their order; zeros where nothing was seen."""
-    arguments = "acc_ptr, stats_ptr, out_ptr, parts, " + text.constexprs("DV", "BV", "BP")
+    """out[row] = Σ 2^(most − top)·acc / Σ 2^(most − top)·total over parts, in their order; zeros where nothing was seen.
+    Sums of values whose channels are turned, TURN together, are turned back."""
+    arguments = "acc_ptr, stats_ptr, out_ptr, parts, " + text.constexprs("DV", "BV", "BP", "TURN")
     body = [
         "row = tl.program_id(0).to(tl.int64) * parts",
         "channel = tl.arange(0, BV)",
@@ -228,6 +230,8 @@ def merge(name: str) -> str:
         "    some = tl.load(from_acc, mask=inside[:, None] & (channel < DV)[None, :], other=0.0)",
         "    acc += tl.sum(weight[:, None] * some, 0)",
         "acc = acc * tl.where(total == 0.0, 0.0, 1.0 / total)",
+        "if TURN > 1:",
+        "    acc = tl.reshape(turn(tl.reshape(acc, [1, BV]), 1, BV, TURN, tl.float32, 1), [BV])",
         "tl.store(out_ptr + tl.program_id(0).to(tl.int64) * DV + channel, acc.to(out_ptr.dtype.element_ty), mask=channel < DV)",
     ]
     return text.kernel(name, arguments, body)

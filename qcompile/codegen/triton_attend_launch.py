@@ -11,6 +11,7 @@ import torch
 
 from ..errors import KernelBuildError
 from ..formats.spec import TILE_N
+from ..formats.turning import turned_together
 from ..target import Target, of
 from . import tiles
 from .triton_attend_tiles import AttendTile, attend_tile, parts
@@ -102,11 +103,14 @@ class Attend:
             target = torch.empty(*out.shape[:3], count, out.shape[3], dtype=torch.float32, device=out.device)
             stats = torch.empty(*out.shape[:3], count, 2, dtype=torch.float32, device=out.device)
         self._launch(chosen, (count, *grid), target, stats, mask, scale)
+        turn = turned_together(self.kernels.formats[1], out.shape[3])
         if stats is not None:
             self.kernels.kernel("merge")[(batch * query_heads * length,)](
-                target, stats, out, count, DV=out.shape[3], BV=power_of_two(out.shape[3]), BP=power_of_two(count), num_warps=4,
-                enable_fp_fusion=True,
+                target, stats, out, count, DV=out.shape[3], BV=power_of_two(out.shape[3]), BP=power_of_two(count), TURN=turn,
+                num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
+        else:
+            self.kernels.turned(out, turn, out)
 
     def _stored(self, dim: int) -> tuple[int, int]:
         """Stored channels of keys and values."""

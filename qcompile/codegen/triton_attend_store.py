@@ -178,7 +178,8 @@ def store(keys: FormatSpec, values: FormatSpec, name: str, store_keys: str, stor
     planes = {side: ", ".join(f"{side}_{p.name}" for p in spec.parts) for side, spec in (("k", keys), ("v", values))}
     arguments = (f"x_k, x_v, {planes['k']}, {planes['v']}, start_ptr, table_ptr, L, HEADS, k_b, k_h, k_l, v_b, v_h, v_l, "
                  "table_stride, page_tiles, room, "
-                 + text.constexprs("D", "DV", "KP", "VP", "BK", "BV", "TOK", "PAGED"))  # fmt: skip
+                 + text.constexprs("D", "DV", "KP", "VP", "BK", "BV", "TOK", "PAGED", "TURN_K", "TURN_V", "DOT",
+                                   "TERMS"))  # fmt: skip
     body = [
         "sequence = (tl.program_id(1) // HEADS).to(tl.int64)",
         "head = (tl.program_id(1) % HEADS).to(tl.int64)",
@@ -200,6 +201,8 @@ def store(keys: FormatSpec, values: FormatSpec, name: str, store_keys: str, stor
             f"d = tl.arange(0, {block})",
             f"from_x = x_{side} + sequence * {side}_b + head * {side}_h + token.to(tl.int64)[:, None] * {side}_l + d[None, :]",
             f"x = tl.load(from_x, mask=inside[:, None] & (d < {real})[None, :], other=0.0).to(tl.float32)",
+            f"if TURN_{side.upper()} > 1:",
+            f"    x = turn(x, TOK, {block}, TURN_{side.upper()}, DOT, TERMS)",
             f"{helper}(x, {planes[side]}, place, lane, inside, {stored}, {block}, TOK)",
         ]
     return text.kernel(name, arguments, body)

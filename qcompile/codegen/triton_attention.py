@@ -13,6 +13,7 @@ from ..formats.algebra import codebook_of_gen
 from ..formats.layout import center_of, pages
 from ..formats.scheme import Scheme
 from ..formats.spec import ROW, TILE_N, FormatSpec
+from ..formats.turning import turned_together
 from ..target import Target
 from .kept import kept_source
 from .triton import TYPES
@@ -23,9 +24,10 @@ from .triton_attend_read import Pair, reader
 from .triton_attend_store import check_stores, store, storer
 from .triton_attend_tiles import AttendTile
 from .triton_launch import ceil
-from .triton_load import content_hash, load
+from .triton_load import content_hash, interpreting, load
 from .triton_print import Printer
 from .triton_text import module
+from .triton_turn import BLOCK, turn_rows, turning
 
 STORE_FROM = 8
 """New tokens from which a program stores a whole tile of 16 rows and not one token."""
@@ -69,15 +71,15 @@ class TritonAttention:
         """:attr:`source`, printed anew."""
         tags = [content_hash(s.fingerprint)[:8] for s in self.formats]
         pair = Pair(*self.printers, f"keys_{tags[0]}", f"values_{tags[1]}")
-        kernels = [reader(pair.keys, pair.read_keys, False), reader(pair.values, pair.read_values, True),
+        kernels = [*turning(), reader(pair.keys, pair.read_keys, False), reader(pair.values, pair.read_values, True),
                    attend(pair, f"few_{self.tag}", Axes(True)), attend(pair, f"many_{self.tag}", Axes(False)),
-                   merge(f"merge_{self.tag}")]  # fmt: skip
+                   merge(f"merge_{self.tag}"), turn_rows(f"turn_{self.tag}")]  # fmt: skip
         return module(self.label, kernels, any(p.imports for p in self.printers))
 
     def writers(self) -> str:
         """:attr:`store_source`, printed anew."""
         names = {s: f"store_{content_hash(s.fingerprint)[:8]}" for s in self.formats}
-        kernels = [storer(s, name) for s, name in names.items()]
+        kernels = [*turning(), *(storer(s, name) for s, name in names.items())]
         kernels.append(store(*self.formats, f"write_{self.tag}", *(names[s] for s in self.formats)))
         return module(self.label, kernels, False)
 
@@ -90,7 +92,7 @@ class TritonAttention:
         return load(self.store_source)
 
     def kernel(self, name: str) -> Any:
-        """The jitted function few, many, merge or write."""
+        """The jitted function few, many, merge, turn or write."""
         return getattr(self.store_module if name == "write" else self.module, f"{name}_{self.tag}")
 
     def attend(
@@ -113,8 +115,9 @@ class TritonAttention:
         out = torch.empty(*q.shape[:3], value_dim, dtype=q.dtype, device=q.device)
         if out.numel():
             with torch.cuda.device_of(q):
-                Attend(self, q if q.stride(3) == 1 else q.contiguous(), key_planes, value_planes, start, table, causal,
-                       softcap, window, int(target.arch), None if center is None else center.float().contiguous()).run(
+                each = turned_together(self.formats[0], q.shape[3])
+                Attend(self, self.turned(q, each), key_planes, value_planes, start, table, causal, softcap, window,
+                       int(target.arch), None if center is None else self.turned(center.float(), each)).run(
                     out, tokens, Mask.of(mask, (q.shape[0], q.shape[1], q.shape[2])),
                     q.shape[3] ** -0.5 if scale is None else scale, tile)  # fmt: skip
         return out
@@ -136,13 +139,15 @@ class TritonAttention:
         block = TILE_N if length >= STORE_FROM else 1
         stored = self.formats[0].padded(TILE_N, k.shape[3])[1], self.formats[1].padded(TILE_N, v.shape[3])[1]
         grid = (ceil(length, block) + (block > 1), batch * heads)
+        dot, terms = self.exact(torch.promote_types(k.dtype, v.dtype))
         with torch.cuda.device_of(k):
             self.kernel("write")[grid](
                 k, v, *key_planes, *value_planes, start, table, length, heads, *k.stride()[:3], *v.stride()[:3],
                 table.stride(0) if table is not None else 0, key_planes[0].shape[2], room_of(key_planes, table),
                 D=k.shape[3], DV=v.shape[3], KP=stored[0],
                 VP=stored[1], BK=power_of_two(stored[0]), BV=power_of_two(stored[1]), TOK=block, PAGED=table is not None,
-                num_warps=4, enable_fp_fusion=False,
+                TURN_K=turned_together(self.formats[0], k.shape[3]), TURN_V=turned_together(self.formats[1], v.shape[3]),
+                DOT=dot, TERMS=terms, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
 
     def sdpa(
@@ -180,6 +185,27 @@ class TritonAttention:
     def type(self, name: str) -> Any:
         """``tl.{name}``."""
         return getattr(self.module.tl, name)
+
+    def turned(self, x: torch.Tensor, each: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``x`` [B, H, L, D] with ``each`` neighbouring channels turned together, contiguous or in ``out``; ``x`` if that is 1."""
+        x = x if x.stride(3) == 1 else x.contiguous()
+        if each == 1:
+            return x
+        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        dot, terms = self.exact(x.dtype)
+        rows = x.shape[0] * x.shape[1] * x.shape[2]
+        self.kernel("turn")[(ceil(rows, BLOCK),)](
+            x, out, rows, *x.shape[1:3], *x.stride()[:3], D=x.shape[3], B=power_of_two(x.shape[3]), TURN=each, DOT=dot,
+            TERMS=terms, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        return out
+
+    def exact(self, dtype: torch.dtype) -> tuple[Any, int]:
+        """The type, and how many terms of it, that products take for numbers of ``dtype``; float32 nearly so, as two bfloat16.
+        Triton's interpreter has no bfloat16 arithmetic."""
+        if interpreting():
+            return self.type("float32"), 1
+        return (self.type("bfloat16"), 2) if dtype == torch.float32 else (self.type(TYPES[dtype]), 1)
 
     def _target(self, x: torch.Tensor) -> Target:
         return target_of(x)

@@ -1,8 +1,8 @@
 """Channels of keys and values, turned together before they are rounded in even steps.
 
-A few channels or numbers far out set the step of all that share their scale. An orthogonal matrix over the channels spreads them
-(QuaRot, arXiv:2404.00456): products of queries and keys stay as they are when both are turned, and sums of values are turned back.
-Floats keep relative precision whatever lies beside them, and small channels would lose theirs.
+A few channels or numbers far out set the step of all that share their scale. An orthogonal matrix over the channels spreads
+them (QuaRot, arXiv:2404.00456): products of queries and keys stay as they are when both are turned, and sums of values are
+turned back. Floats keep relative precision whatever lies beside them, and small channels would lose theirs.
 """
 
 from __future__ import annotations
