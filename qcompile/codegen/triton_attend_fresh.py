@@ -104,13 +104,13 @@ def _turned(codes: str, rows: str, block: str, back: bool = False) -> Iterator[s
         return
     r = "R" + block[1:]
     yield f"{r}: tl.constexpr = {ROTATED} if {block} >= {ROTATED} else {block}"
-    yield f"bits = tl.arange(0, {r})[:, None] & tl.arange(0, {r})[None, :]"
+    yield f"bits = tl.arange(0, {r}){' + tl.minimum(T, 0)' if back else ''}"
+    yield "bits = bits[:, None] & bits[None, :]"
     yield from (f"bits = bits ^ (bits >> {shift})" for shift in (4, 2, 1))
     yield "signs = (1.0 - 2.0 * (bits & 1).to(tl.float32)).to(DOT)"
     apart = f"x = tl.permute(tl.reshape(x, [{rows}, {f'{block} // {r}, {r}' if back else f'{r}, {block} // {r}'}]), 0, 2, 1)"
     yield from () if back else (apart,)
-    yield f"x = tl.reshape(x, [{rows} * {block} // {r}, {r}]){f' * (1.0 / {r})' if back else ''}"
-    yield "x = tl.dot(x.to(DOT), signs)"
+    yield f"x = tl.dot(tl.reshape({f'(x * (1.0 / {r}))' if back else 'x'}.to(DOT), [{rows} * {block} // {r}, {r}]), signs)"
     yield from (apart,) if back else ()
     yield f"x = tl.reshape(x, [{rows}, {block}])"
 
