@@ -84,7 +84,7 @@ def quantize(kind: str, name: str) -> str:
         "top = tl.max(tl.abs(x), 1)",
         f"x = x * tl.where(top > 0.0, {LARGEST[scores]} / top, 0.0)[:, None]",
         f"tl.store(k_scales + place * TP + token, top * {1 / LARGEST[scores]!r})",
-        f"tl.store(k_codes + (place * TP + token)[:, None] * BK + d[None, :], {_rounded(scores, 'x')})",
+        f"tl.store(k_codes + (place * TP + token)[:, None] * BK + d[None, :], {_rounded(scores, _placed('x', 'BT', 'BK'))})",
         *(_values(product) if product else ()),
     ]
     return text.kernel(name, arguments, body)
@@ -127,6 +127,13 @@ def _rounded(codes: str, name: str) -> str:
     return f"{name}.to(tl.float8e4nv)" if codes == "fp8" else f"({name} + {ROUND}).to(tl.int32, bitcast=True).to(tl.int8)"
 
 
+def _placed(x: str, rows: str, columns: str) -> str:
+    """``x`` [rows, columns] with column 16h + 8a + 2c + b at 16h + 4c + 2a + b. So stand the channels of keys and queries, and
+    the tokens of values and probabilities: what a thread holds of a product (rotated queries, scores) is then, in 8 bits, what
+    it multiplies of the left operand of the next."""
+    return f"tl.reshape(tl.permute(tl.reshape({x}, [{rows}, {columns} // 16, 2, 4, 2]), 0, 1, 3, 2, 4), [{rows}, {columns}])"
+
+
 def _values(codes: str) -> Iterator[str]:
     yield from _loaded("v", "DV", "BV")
     yield from _mean("v", "DV", "BV")
@@ -135,10 +142,8 @@ def _values(codes: str) -> Iterator[str]:
     yield "top = tl.max(tl.max(tl.abs(x), 1), 0)"
     yield f"x = x * tl.where(top > 0.0, {LARGEST[codes]} / top, 0.0)"
     yield f"tl.store(v_scales + place * (TP // BT) + tl.program_id(0), top * {1 / LARGEST[codes]!r})"
-    # Tokens 16h + 8a + 2c + b stand at 16h + 4c + 2a + b: a thread's scores of a token block are then what it multiplies.
-    yield "stands = token // 16 * 16 + token % 8 // 2 * 4 + token % 16 // 8 * 2 + token % 2"
-    yield "to = v_codes + (place * BV + d)[:, None] * TP + stands[None, :]"
-    yield f"tl.store(to, {_rounded(codes, 'tl.trans(x)')})"
+    yield "to = v_codes + (place * BV + d)[:, None] * TP + token[None, :]"
+    yield f"tl.store(to, {_rounded(codes, _placed('tl.trans(x)', 'BV', 'BT'))})"
     yield "if tl.program_id(0) == 0:"
     yield "    tl.store(means_ptr + place * DV + d, mean, mask=d < DV)"
 
@@ -181,7 +186,7 @@ def _queries(codes: str) -> Iterator[str]:
     yield from _turned(codes, "BM", "BK")
     yield "top = tl.max(tl.abs(x), 1)"
     yield f"x = x * tl.where(top > 0.0, {LARGEST[codes]} / top, 0.0)[:, None]"
-    yield f"q = {_rounded(codes, 'x')}"
+    yield f"q = {_rounded(codes, _placed('x', 'BM', 'BK'))}"
     yield f"q_factor = top * (factor * {1 / LARGEST[codes]!r}{' / RK' if codes == 'int8' else ''})"
     yield "mask_at = sequence * mask_b + query_head * mask_h + query.to(tl.int64) * mask_l"
 
@@ -222,8 +227,7 @@ def _product(codes: str) -> Iterator[str]:
     if codes:
         yield "v = tl.load(v_codes + (place * BV + channel)[:, None] * TP + token[None, :])"
         yield "beta = beta * tl.load(v_scales + place * (TP // BN) + step)"
-        yield "p = tl.permute(tl.reshape(p, [BM, BN // 16, 2, 4, 2]), 0, 1, 3, 2, 4)"
-        yield f"p = {_rounded(codes, 'tl.reshape(p, [BM, BN])')}"
+        yield f"p = {_rounded(codes, _placed('p', 'BM', 'BN'))}"
         if codes == "fp8":
             yield "acc = acc * alpha[:, None] + tl.dot(p, tl.trans(v)) * beta[:, None]"
             return
