@@ -24,7 +24,7 @@ from .triton_attend_store import check_stores, store, storer
 from .triton_attend_tiles import AttendTile
 from .triton_launch import ceil
 from .triton_load import content_hash, load
-from .triton_print import Printer
+from .triton_print import Printer, minifloat_gen
 from .triton_text import module
 
 STORE_FROM = 8
@@ -150,7 +150,7 @@ class TritonAttention:
         softcap: float,
     ) -> torch.Tensor:  # fmt: skip
         """Attention of ``q`` [B, Hq, L, D] over ``k`` [B, H, T, D] and ``v`` [B, H, T, Dv]; if ``causal``, query i sees the first
-        i + 1 tokens. Products are in 8 bits where both formats are e4m3 or int8; else k and v are packed first."""
+        i + 1 tokens. Products are in 8 bits where both formats are e4m3, e3m4 or int8; else k and v are packed first."""
         if (kind := self._eight_bits()) is not None:
             return triton_prefill(kind).prefill(q, k, v, mask, causal, scale, softcap)
         (batch, heads, tokens, dim), value_dim = k.shape, v.shape[3]
@@ -164,12 +164,15 @@ class TritonAttention:
                            center=center if softcap else None)  # fmt: skip
 
     def _eight_bits(self) -> str | None:
-        """The kind of products in which both formats' codes are multiplied as they are."""
+        """The kind of products in which both formats' codes are multiplied as they are; or, where no matrix unit multiplies
+        them, in int8, if that rounds less than they do: floats of a byte with up to four bits of mantissa."""
         kinds = set()
         for spec in self.formats:
             book = codebook_of_gen(spec)
             if book is not None and book.cast == torch.float8_e4m3fn:
                 kinds.add("fp8")
+            elif minifloat_gen(spec) and book.cast is None and spec.code.bits == 8 and book.minifloat[1] <= 4 and spec.period == ROW:
+                kinds.add("int8_both")
             elif spec.code.dtype == "i8" and spec.period == ROW:
                 kinds.add("int8")
             else:
