@@ -135,7 +135,8 @@ def facts(name: str, compiled: Any, options: dict[str, Any], arch: int) -> dict[
         "kernel": name, "arch": arch, "threads": threads, "registers": registers,
         "spills": sum(n.startswith(("LDL", "STL")) for n in names), "shared": compiled.metadata.shared,
         "copyable": min(16, _words(options) // threads * 4),
-        "matrix": sorted({n for n in whole if MATRIX.match(n)}), "repeated": sorted({n for n in loop if MATRIX.match(n)}), "stores": sum(n.startswith("STG") for n in names),
+        "matrix": sorted({n for n in whole if MATRIX.match(n)}), "repeated": sorted({n for n in loop if MATRIX.match(n)}),
+        "stores": sum(n.startswith("STG") for n in names),
         "copied": max((width for width, mark in ((16, ".128"), (8, ".64"), (4, "")) for n in names
                        if n.startswith(("LDGSTS", "LDG")) and mark in n), default=0),
         "elements": block, "loop": sum(loop.values()), "shuffles": loop["SHFL"],

@@ -4,10 +4,10 @@
 keys lose their mean over the tokens, which moves all scores of a query alike and so no probability (unless scores are capped);
 values in 8 bits lose theirs too, and it is added to the result, since probabilities sum to one. For int8, queries and keys are
 then rotated alike by a Hadamard matrix over 64 channels: products stay, and a channel of large values no longer makes the
-steps of all others coarse (e4m3 keeps relative precision anyway); values are rotated too, and the result back. Queries and
-keys have a scale per row, values one per block of tokens. In 8 bits the probabilities of a block are relative to its own
-largest, which is the largest code, and every block's P·V is a sum of its own, added in float32: int8 has no small
-probabilities, and wgmma adds e4m3 with about 14 bits.
+steps of all others coarse (e4m3 keeps relative precision anyway); values in int8 are rotated too, and the result back.
+Queries and keys have a scale per row, values one per block of tokens. Every block's P·V in 8 bits is a sum of its own, added
+in float32, since wgmma adds e4m3 with about 14 bits; its probabilities are relative to the block's own largest, since int8
+has no small ones.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def _loaded(side: str, real: str, block: str) -> Iterator[str]:
 def _turned(codes: str, rows: str, block: str, back: bool = False) -> Iterator[str]:
     """``x`` [rows, block] rotated if ``codes`` are int8, in another order of channels: every R channels, block/R apart (so that
     padding is shared out), times ±1, the parity of the bits that two of them share. R is ``RK`` for BK, ``RV`` for BV. Σ over
-    channels of the product of two such rows grows R times. ``back`` takes what is rotated, and gives what it was."""
+    channels of the product of two such rows grows R times. ``back`` takes what is rotated, and gives what it was.
+
+    No compiler knows that T is not negative, and so that both matrices of signs are one, to be kept through the loop between."""
     if codes != "int8":
         return
     r = "R" + block[1:]
@@ -228,9 +230,10 @@ def _product(codes: str) -> Iterator[str]:
         yield "v = tl.load(v_codes + (place * BV + channel)[:, None] * TP + token[None, :])"
         yield "beta = beta * tl.load(v_scales + place * (TP // BN) + step)"
         yield f"p = {_rounded(codes, _placed('p', 'BM', 'BN'))}"
-        if codes == "fp8":
-            yield "acc = acc * alpha[:, None] + tl.dot(p, tl.trans(v)) * beta[:, None]"
-            return
+    if codes == "fp8":
+        yield "acc = acc * alpha[:, None] + tl.dot(p, tl.trans(v)) * beta[:, None]"
+        return
+    if codes == "int8":
         yield f"acc = acc * alpha[:, None] - (beta * {ROUND})[:, None]"
         yield f"acc += {_summed('p', 'v', '[BM, BV]')} * beta[:, None]"
         return

@@ -164,14 +164,14 @@ class TritonAttention:
                            center=center if softcap else None)  # fmt: skip
 
     def _eight_bits(self) -> str | None:
-        """The kind of products in which both formats' codes are multiplied as they are; or, where no matrix unit multiplies
-        them, in int8, if that rounds less than they do: floats of a byte with up to four bits of mantissa."""
+        """The kind of products in which both formats' codes are multiplied as they are; e3m4, which no matrix unit multiplies,
+        in int8, which loses about as much as e3m4 itself: 1.7% of normal outputs, and 1.9%."""
         kinds = set()
         for spec in self.formats:
-            book = codebook_of_gen(spec)
+            book, minifloat = codebook_of_gen(spec), minifloat_gen(spec)
             if book is not None and book.cast == torch.float8_e4m3fn:
                 kinds.add("fp8")
-            elif minifloat_gen(spec) and book.cast is None and spec.code.bits == 8 and book.minifloat[1] <= 4 and spec.period == ROW:
+            elif minifloat is not None and minifloat.minifloat == (3, 4) and spec.period == ROW:
                 kinds.add("int8_both")
             elif spec.code.dtype == "i8" and spec.period == ROW:
                 kinds.add("int8")
