@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 ARCHES = (80, 89, 90, 100)
 SIXTEEN = {80: {"HMMA"}, 89: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA"}}
 EIGHT = {80: "IMMA", 89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
+FRESH = ("fp8 fresh", "int8 fresh", "int8_both fresh")
 PROGRAMS = {"interpreter": ("triton_attention_interpreter.py",), "compile 0": ("triton_attention_compile.py", "--part", "0/2"),
             "compile 1": ("triton_attention_compile.py", "--part", "1/2")}  # fmt: skip
 
@@ -48,7 +49,8 @@ def test_interpreted_kernels_match_float64(programs: dict[str, Report], check: s
 
 
 def test_every_kernel_was_compiled_for_every_target(programs: dict[str, Report]) -> None:
-    for kernels in (("few",), ("many",), ("merge",), ("write",), ("fp8 fresh", "int8 fresh"), ("fp8 quantize", "int8 quantize")):
+    for kernels in (("few",), ("many",), ("merge",), ("write",), ("fp8 fresh", "int8 fresh"), ("fp8 quantize", "int8 quantize"),
+                    ("int8_both fresh",), ("int8_both quantize",)):  # fmt: skip
         assert {r["arch"] for r in compiled(programs, *kernels)} == set(ARCHES), kernels
 
 
@@ -65,7 +67,7 @@ def test_packed_words_are_copied_sixteen_bytes_at_a_time(programs: dict[str, Rep
     reports = compiled(programs, "few", "many")
     assert not (bad := [r for r in reports if r["copied"] < r["copyable"]]), shown(bad)
     assert not (bad := [r for r in reports if r["kernel"] == "few" and r["arch"] < 100 and r["copied"] < 16]), shown(bad)
-    fresh = compiled(programs, "fp8 fresh", "int8 fresh")
+    fresh = compiled(programs, *FRESH)
     assert not (bad := [r for r in fresh if r["copied"] < 16]), shown(bad)
 
 
@@ -75,16 +77,31 @@ def test_products_use_the_matrix_units_of_their_target(programs: dict[str, Repor
     for r in compiled(programs, "fp8 fresh"):
         assert r["matrix"] == [EIGHT[r["arch"]]], shown([r])
     integer = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}
-    for r in compiled(programs, "int8 fresh"):
-        assert {integer[r["arch"]], *SIXTEEN[r["arch"]]} == set(r["matrix"]), shown([r])
+    for r in compiled(programs, "int8 fresh", "int8_both fresh"):
+        both = {integer[r["arch"]], *SIXTEEN[r["arch"]]}
+        assert set(r["matrix"]) == both, shown([r])  # in 16 bits: rotations
+        assert set(r["repeated"]) == ({integer[r["arch"]]} if r["kernel"] == "int8_both fresh" else both), shown([r])
 
 
 def test_rounded_probabilities_stay_in_their_registers(programs: dict[str, Report]) -> None:
     """The order of tokens in a block of values is that in which threads hold scores: the only shuffles left are those of the
     maxima and sums of rows, two each for each of a thread's rows."""
-    for r in compiled(programs, "fp8 fresh"):
+    for r in compiled(programs, *FRESH):
         if r["arch"] == 90:
             assert r["shuffles"] <= 8, shown([r])
+
+
+def test_int8_costs_hardly_more_than_e4m3(programs: dict[str, Report]) -> None:
+    """What surrounds two products in int8, instructions of a block of tokens against those around products in e4m3."""
+    loops = {(r["kernel"], r["arch"]): r["loop"] for r in compiled(programs, *FRESH) if r["width"] == 128}
+    for arch in (90, 100):
+        assert 0 < loops["int8_both fresh", arch] <= 1.25 * loops["fp8 fresh", arch], loops
+
+
+def test_codes_are_stored_in_words(programs: dict[str, Report]) -> None:
+    """Channels and tokens change places in registers, not in addresses, which would be of single bytes."""
+    for r in compiled(programs, *(name.replace("fresh", "quantize") for name in FRESH)):
+        assert r["stores"] <= 16, shown([r])
 
 
 def test_instructions_for_each_element(programs: dict[str, Report]) -> None:
@@ -101,8 +118,9 @@ def test_instructions_for_each_element(programs: dict[str, Report]) -> None:
 def test_old_gpus_multiply_in_int8_where_fp8_was_asked_for() -> None:
     prefill = triton_prefill("fp8")
     assert [prefill.variant(Target("cuda", arch)) for arch in ("80", "86", "89", "90", "100")] == ["int8"] * 2 + ["fp8"] * 3
-    assert triton_prefill("int8").variant(Target("cuda", "90")) == "int8"
-    with pytest.raises(KernelBuildError, match="'int4'.*'fp8' or 'int8'"):
+    for kind in ("int8", "int8_both"):
+        assert {triton_prefill(kind).variant(Target("cuda", arch)) for arch in ("80", "90")} == {kind}
+    with pytest.raises(KernelBuildError, match="'int4'.*'fp8', 'int8' or 'int8_both'"):
         triton_prefill("int4")
 
 

@@ -135,7 +135,8 @@ def facts(name: str, compiled: Any, options: dict[str, Any], arch: int) -> dict[
         "kernel": name, "arch": arch, "threads": threads, "registers": registers,
         "spills": sum(n.startswith(("LDL", "STL")) for n in names), "shared": compiled.metadata.shared,
         "copyable": min(16, _words(options) // threads * 4),
-        "matrix": sorted({n for n in whole if MATRIX.match(n)}), "stores": sum(n.startswith("STG") for n in names),
+        "matrix": sorted({n for n in whole if MATRIX.match(n)}), "repeated": sorted({n for n in loop if MATRIX.match(n)}),
+        "stores": sum(n.startswith("STG") for n in names),
         "copied": max((width for width, mark in ((16, ".128"), (8, ".64"), (4, "")) for n in names
                        if n.startswith(("LDGSTS", "LDG")) and mark in n), default=0),
         "elements": block, "loop": sum(loop.values()), "shuffles": loop["SHFL"],
@@ -160,9 +161,11 @@ def tasks() -> Iterator[Task]:
         yield Task("fp8_e3m4", "fp8_e3m4", arch, (BRAIN, HALF)[j % 2], 128, 1, (512, 1)[j % 2], "write")
         shape = ((128, 4, 512), (256, 2, 64), (128, 4, 512), (64, 1, 512))[j]
         yield Task("fp8", "", arch, (BRAIN, HALF)[j % 2], *shape, "prefill")
+        yield Task("int8_both", "", arch, (HALF, BRAIN)[j % 2], *((128, 4, 512) if arch != 89 else shape), "prefill")
     for arch in (90, 100):
         yield Task("int8", "int8", arch, BRAIN, 128, 4, 7, options=(("softcap", 30.0), ("window", 1024)), centered=True)
         yield Task("int8", "", arch, BRAIN, 128, 4, 512, "prefill", mask=torch.bool)
+        yield Task("int8_both", "", arch, HALF, 64, 4, 512, "prefill", mask=torch.bool)
         yield Task("fp8_e4m3", "fp8_e4m3", arch, BRAIN, 128, 4, 512, mask=BRAIN)
     yield Task("fp8", "", 100, BRAIN, 128, 4, 512, "prefill")
 
@@ -174,14 +177,14 @@ def reports(wanted: list[Task]) -> Iterator[dict[str, Any]]:
         about = {"call": task.call, "formats": f"{task.keys}/{task.values}", "dtype": str(task.dtype)[6:], "width": task.width,
                  "rows": task.group * task.length}  # fmt: skip
         for name, compiled, options in build(task):
-            if name in ("merge", "fp8 sums", "int8 sums"):
+            if name == "merge" or name.endswith(" sums"):
                 if (name, task.arch) in seen:
                     continue
                 seen.add((name, task.arch))
             yield about | facts(name, compiled, options, task.arch)
 
 
-HEADINGS = (("kernel", 14), ("formats", 22), ("arch", 5), ("dtype", 9), ("width", 6), ("rows", 6), ("registers", 10),
+HEADINGS = (("kernel", 19), ("formats", 22), ("arch", 5), ("dtype", 9), ("width", 6), ("rows", 6), ("registers", 10),
             ("spills", 7), ("shared", 8), ("copied", 7), ("loop", 6), ("elements", 9))  # fmt: skip
 
 

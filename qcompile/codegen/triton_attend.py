@@ -158,13 +158,18 @@ def masked(axes: Axes) -> Iterator[str]:
     yield 's = tl.where(seen, s, float("-inf"))'
 
 
-def softmax(axes: Axes) -> Iterator[str]:
-    """``p`` of this block, ``alpha`` that earlier sums are multiplied by."""
-    yield f"above = tl.maximum(most, tl.max(s, {axes.tokens}))"
+def softmax(axes: Axes, largest: float = 0.0) -> Iterator[str]:
+    """``p`` of this block, ``alpha`` that earlier sums are multiplied by. If ``largest`` > 0, ``p`` is relative to the block's
+    own maximum, where it is ``largest``, and ``beta`` is what the block's sums are multiplied by."""
+    yield f"top = tl.max(s, {axes.tokens})"
+    yield "above = tl.maximum(most, top)"
     yield 'safe = tl.where(above == float("-inf"), 0.0, above)'
     yield "alpha = tl.exp2(most - safe)"
+    if largest:
+        yield "beta = tl.exp2(top - safe)"
+        yield f'safe = tl.where(top == float("-inf"), 0.0, top) - {math.log2(largest)!r}'
     yield f"p = tl.exp2(s - {axes.of_queries('safe')})"
-    yield f"total = total * alpha + tl.sum(p, {axes.tokens})"
+    yield f"total = total * alpha + tl.sum(p, {axes.tokens}){' * beta' if largest else ''}"
     yield "most = above"
 
 

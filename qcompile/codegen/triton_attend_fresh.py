@@ -1,25 +1,38 @@
 """Attention over fresh keys and values in 8-bit products: skeletons of the quantizing prologue and of the attention.
 
-``fp8``: Q·Kᵀ and P·V in e4m3. ``int8``: Q·Kᵀ in int8, P·V in 16 bits. Before they are rounded, keys lose their mean over
-the tokens, which moves all scores of a query alike and so no probability (unless scores are capped); values in e4m3 lose
-theirs too, and it is added to the result, since probabilities sum to one. For int8, queries and keys are then rotated alike by
-a Hadamard matrix over 64 channels: products stay, and a channel of large values no longer makes the steps of all others
-coarse (e4m3 keeps relative precision anyway). Queries and keys have a scale per row, values one per block of tokens. Every
-block's P·V is a sum of its own, added in float32: wgmma adds e4m3 with about 14 bits.
+``fp8``: Q·Kᵀ and P·V in e4m3. ``int8``: Q·Kᵀ in int8, P·V in 16 bits. ``int8_both``: both in int8. Before they are rounded,
+keys lose their mean over the tokens, which moves all scores of a query alike and so no probability (unless scores are capped);
+values in 8 bits lose theirs too, and it is added to the result, since probabilities sum to one. For int8, queries and keys are
+then rotated alike by a Hadamard matrix over 64 channels: products stay, and a channel of large values no longer makes the
+steps of all others coarse (e4m3 keeps relative precision anyway); values in int8 are rotated too, and the result back.
+Queries and keys have a scale per row, values one per block of tokens. Every block's P·V in 8 bits is a sum of its own, added
+in float32, since wgmma adds e4m3 with about 14 bits; its probabilities are relative to the block's own largest, since int8
+has no small ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from . import triton_text as text
 from .triton_act import ROUND
 from .triton_attend import Axes, masked, softmax
 
+
+@dataclass(frozen=True)
+class Kind:
+    """The codes ("fp8": e4m3, "int8") that Q·Kᵀ and P·V are computed in; "" is 16 bits."""
+
+    scores: str
+    product: str
+
+
+KINDS = {"fp8": Kind("fp8", "fp8"), "int8": Kind("int8", ""), "int8_both": Kind("int8", "int8")}
 LARGEST = {"fp8": 448.0, "int8": 127.0}
-CODES = {"fp8": "tl.float8e4nv", "int8": "tl.int8"}
-LIFT = 256.0
-"""Probabilities times this are rounded to e4m3: normal numbers then reach down to 2^-14."""
+LIKELIEST = {"fp8": 256.0, "int8": 127.0, "": 0.0}
+"""A block's largest probability in units of its codes: with 2^8, normal numbers of e4m3 reach down to 2^-14 of it. 0: in 16
+bits, probabilities are relative to the largest so far."""
 
 MAGIC = 0x4B400000
 """The bits of 1.5·2^23: added to an integer below 2^22 in size they make the float32 1.5·2^23 + integer."""
@@ -28,7 +41,7 @@ ROTATED = 64
 """Channels that are rotated together."""
 
 WIDEST = 256
-"""Channels up to which products of int8 stay below 2^22."""
+"""Channels, or tokens, up to which products of int8 stay below 2^22."""
 
 
 def sums(name: str) -> str:
@@ -51,8 +64,9 @@ def sums(name: str) -> str:
 
 
 def quantize(kind: str, name: str) -> str:
-    """Codes [TP, BK] and scales [TP] of a head's keys; for fp8 codes [BV, TP] of its values (tokens side by side, as the
-    matrix unit wants its right operand), one scale for a block, and their mean [DV]. Grid: blocks of BT tokens, heads."""
+    """Codes [TP, BK] and scales [TP] of a head's keys; for P·V in 8 bits codes [BV, TP] of its values (tokens side by side, as
+    the matrix unit wants its right operand), one scale for a block, and their mean [DV]. Grid: blocks of BT tokens, heads."""
+    scores, product = KINDS[kind].scores, KINDS[kind].product
     arguments = ("k_ptr, v_ptr, k_sums_ptr, v_sums_ptr, k_codes, k_scales, v_codes, v_scales, means_ptr, T, TP, HEADS, "
                  "k_b, k_h, k_t, v_b, v_h, v_t, chunks, " + text.constexprs("D", "DV", "BK", "BV", "BT", "SMOOTH",
                                                                             "DOT"))  # fmt: skip
@@ -66,12 +80,12 @@ def quantize(kind: str, name: str) -> str:
         "if SMOOTH:",
         *text.indented(_mean("k", "D", "BK"), 1),
         "    x = tl.where(inside[:, None], x - mean[None, :], 0.0)",
-        *(_turned("BT") if kind == "int8" else ()),
+        *_turned(scores, "BT", "BK"),
         "top = tl.max(tl.abs(x), 1)",
-        f"x = x * tl.where(top > 0.0, {LARGEST[kind]} / top, 0.0)[:, None]",
-        f"tl.store(k_scales + place * TP + token, top * {1 / LARGEST[kind]!r})",
-        f"tl.store(k_codes + (place * TP + token)[:, None] * BK + d[None, :], {_rounded(kind, 'x')})",
-        *(_values() if kind == "fp8" else ()),
+        f"x = x * tl.where(top > 0.0, {LARGEST[scores]} / top, 0.0)[:, None]",
+        f"tl.store(k_scales + place * TP + token, top * {1 / LARGEST[scores]!r})",
+        f"tl.store(k_codes + (place * TP + token)[:, None] * BK + d[None, :], {_rounded(scores, _placed('x', 'BT', 'BK'))})",
+        *(_values(product) if product else ()),
     ]
     return text.kernel(name, arguments, body)
 
@@ -82,15 +96,25 @@ def _loaded(side: str, real: str, block: str) -> Iterator[str]:
     yield f"x = tl.load(from_x, mask=inside[:, None] & (d < {real})[None, :], other=0.0).to(tl.float32)"
 
 
-def _turned(rows: str) -> Iterator[str]:
-    """``x`` [rows, BK] rotated, in another order of channels: every R channels, BK/R apart (so that padding is shared out),
-    times ±1, the parity of the bits that two of them share. Σ over channels of the product of two such rows grows R times."""
-    yield f"R: tl.constexpr = {ROTATED} if BK >= {ROTATED} else BK"
-    yield "bits = tl.arange(0, R)[:, None] & tl.arange(0, R)[None, :]"
+def _turned(codes: str, rows: str, block: str, back: bool = False) -> Iterator[str]:
+    """``x`` [rows, block] rotated if ``codes`` are int8, in another order of channels: every R channels, block/R apart (so that
+    padding is shared out), times ±1, the parity of the bits that two of them share. R is ``RK`` for BK, ``RV`` for BV. Σ over
+    channels of the product of two such rows grows R times. ``back`` takes what is rotated, and gives what it was.
+
+    No compiler knows that T is not negative, and so that both matrices of signs are one, to be kept through the loop between."""
+    if codes != "int8":
+        return
+    r = "R" + block[1:]
+    yield f"{r}: tl.constexpr = {ROTATED} if {block} >= {ROTATED} else {block}"
+    yield f"bits = tl.arange(0, {r}){' + tl.minimum(T, 0)' if back else ''}"
+    yield "bits = bits[:, None] & bits[None, :]"
     yield from (f"bits = bits ^ (bits >> {shift})" for shift in (4, 2, 1))
     yield "signs = (1.0 - 2.0 * (bits & 1).to(tl.float32)).to(DOT)"
-    yield f"x = tl.permute(tl.reshape(x, [{rows}, R, BK // R]), 0, 2, 1)"
-    yield f"x = tl.reshape(tl.dot(tl.reshape(x, [{rows} * BK // R, R]).to(DOT), signs), [{rows}, BK])"
+    apart = f"x = tl.permute(tl.reshape(x, [{rows}, {f'{block} // {r}, {r}' if back else f'{r}, {block} // {r}'}]), 0, 2, 1)"
+    yield from () if back else (apart,)
+    yield f"x = tl.dot(tl.reshape({f'(x * (1.0 / {r}))' if back else 'x'}.to(DOT), [{rows} * {block} // {r}, {r}]), signs)"
+    yield from (apart,) if back else ()
+    yield f"x = tl.reshape(x, [{rows}, {block}])"
 
 
 def _mean(side: str, real: str, block: str) -> Iterator[str]:
@@ -101,21 +125,27 @@ def _mean(side: str, real: str, block: str) -> Iterator[str]:
     yield "mean = mean / T"
 
 
-def _rounded(kind: str, name: str) -> str:
-    return f"{name}.to(tl.float8e4nv)" if kind == "fp8" else f"(({name} + {ROUND}) - {ROUND}).to(tl.int8)"
+def _rounded(codes: str, name: str) -> str:
+    return f"{name}.to(tl.float8e4nv)" if codes == "fp8" else f"({name} + {ROUND}).to(tl.int32, bitcast=True).to(tl.int8)"
 
 
-def _values() -> Iterator[str]:
+def _placed(x: str, rows: str, columns: str) -> str:
+    """``x`` [rows, columns] with column 16h + 8a + 2c + b at 16h + 4c + 2a + b. So stand the channels of keys and queries, and
+    the tokens of values and probabilities: what a thread holds of a product (rotated queries, scores) is then, in 8 bits, what
+    it multiplies of the left operand of the next."""
+    return f"tl.reshape(tl.permute(tl.reshape({x}, [{rows}, {columns} // 16, 2, 4, 2]), 0, 1, 3, 2, 4), [{rows}, {columns}])"
+
+
+def _values(codes: str) -> Iterator[str]:
     yield from _loaded("v", "DV", "BV")
     yield from _mean("v", "DV", "BV")
     yield "x = tl.where(inside[:, None], x - mean[None, :], 0.0)"
+    yield from _turned(codes, "BT", "BV")
     yield "top = tl.max(tl.max(tl.abs(x), 1), 0)"
-    yield "x = x * tl.where(top > 0.0, 448.0 / top, 0.0)"
-    yield f"tl.store(v_scales + place * (TP // BT) + tl.program_id(0), top * {1 / 448.0 / LIFT!r})"
-    # Tokens 16h + 8a + 2c + b stand at 16h + 4c + 2a + b: a thread's scores of a token block are then what it multiplies.
-    yield "stands = token // 16 * 16 + token % 8 // 2 * 4 + token % 16 // 8 * 2 + token % 2"
-    yield "to = v_codes + (place * BV + d)[:, None] * TP + stands[None, :]"
-    yield "tl.store(to, tl.trans(x).to(tl.float8e4nv))"
+    yield f"x = x * tl.where(top > 0.0, {LARGEST[codes]} / top, 0.0)"
+    yield f"tl.store(v_scales + place * (TP // BT) + tl.program_id(0), top * {1 / LARGEST[codes]!r})"
+    yield "to = v_codes + (place * BV + d)[:, None] * TP + token[None, :]"
+    yield f"tl.store(to, {_rounded(codes, _placed('tl.trans(x)', 'BV', 'BT'))})"
     yield "if tl.program_id(0) == 0:"
     yield "    tl.store(means_ptr + place * DV + d, mean, mask=d < DV)"
 
@@ -126,23 +156,23 @@ def fresh(kind: str, name: str) -> str:
                  "q_b, q_h, q_l, v_b, v_h, v_t, mask_b, mask_h, mask_l, mask_t, mask_tokens, factor, cap, window, "
                  + text.constexprs("D", "DV", "BK", "BV", "GROUP", "BM", "BN", "STAGES", "CAUSAL", "MASK", "CAPPED", "WINDOW",
                                    "DOT"))  # fmt: skip
-    axes = Axes(False)
+    axes, scores, product = Axes(False), KINDS[kind].scores, KINDS[kind].product
     body = [
-        *_queries(kind), *_range(),
+        *_queries(scores), *_range(),
         "acc = tl.zeros([BM, BV], tl.float32)",
         'most = tl.full([BM], float("-inf"), tl.float32)',
         "total = tl.zeros([BM], tl.float32)",
         "for step in tl.range(begin, end, num_stages=STAGES):",
-        *text.indented([*_scores(kind), *masked(axes), *softmax(axes), *_product(kind)], 1),
-        "out = acc * tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]",
-        *(_with_mean() if kind == "fp8" else ()),
+        *text.indented([*_scores(scores), *masked(axes), *softmax(axes, LIKELIEST[product]), *_product(product)], 1),
+        "x = acc * tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]",
+        *(_restored(product) if product else ()),
         "to = out_ptr + ((sequence * HEADS * GROUP + query_head) * L + m)[:, None] * DV + channel[None, :]",
-        "tl.store(to, out.to(out_ptr.dtype.element_ty), mask=(m < L)[:, None] & (channel < DV)[None, :])",
+        "tl.store(to, x.to(out_ptr.dtype.element_ty), mask=(m < L)[:, None] & (channel < DV)[None, :])",
     ]  # fmt: skip
     return text.kernel(name, arguments, body)
 
 
-def _queries(kind: str) -> Iterator[str]:
+def _queries(codes: str) -> Iterator[str]:
     """``q`` [BM, BK] as codes and ``q_factor`` [BM], its scale times that of scores."""
     yield "sequence = (tl.program_id(1) // (HEADS * GROUP)).to(tl.int64)"
     yield "query_head = (tl.program_id(1) % (HEADS * GROUP)).to(tl.int64)"
@@ -155,11 +185,11 @@ def _queries(kind: str) -> Iterator[str]:
     yield "channel = tl.arange(0, BV)"
     yield "from_q = q_ptr + sequence * q_b + query_head * q_h + query.to(tl.int64)[:, None] * q_l + d[None, :]"
     yield "x = tl.load(from_q, mask=(d < D)[None, :], other=0.0).to(tl.float32)"
-    yield from _turned("BM") if kind == "int8" else ()
+    yield from _turned(codes, "BM", "BK")
     yield "top = tl.max(tl.abs(x), 1)"
-    yield f"x = x * tl.where(top > 0.0, {LARGEST[kind]} / top, 0.0)[:, None]"
-    yield f"q = {_rounded(kind, 'x')}"
-    yield f"q_factor = top * (factor * {1 / LARGEST[kind]!r}{' / R' if kind == 'int8' else ''})"
+    yield f"x = x * tl.where(top > 0.0, {LARGEST[codes]} / top, 0.0)[:, None]"
+    yield f"q = {_rounded(codes, _placed('x', 'BM', 'BK'))}"
+    yield f"q_factor = top * (factor * {1 / LARGEST[codes]!r}{' / RK' if codes == 'int8' else ''})"
     yield "mask_at = sequence * mask_b + query_head * mask_h + query.to(tl.int64) * mask_l"
 
 
@@ -173,29 +203,39 @@ def _range() -> Iterator[str]:
     yield "end = tl.maximum((high + BN - 1) // BN, begin)"
 
 
-def _scores(kind: str) -> Iterator[str]:
+def _scores(codes: str) -> Iterator[str]:
     yield "token = step * BN + tl.arange(0, BN)"
     yield "kept = token < high"
     yield "k = tl.load(k_codes + (place * TP + token)[:, None] * BK + d[None, :])"
     yield "k_scale = tl.load(k_scales + place * TP + token)"
-    if kind == "fp8":
-        yield "s = tl.dot(q, tl.trans(k))"
+    if codes == "fp8":
+        yield "s = tl.dot(q, tl.trans(k)) * q_factor[:, None]"
     else:
         yield f"if BK <= {WIDEST}:"
-        yield f"    s = tl.dot(q, tl.trans(k), tl.full([BM, BN], {MAGIC}, tl.int32), out_dtype=tl.int32)"
-        yield f"    s = s.to(tl.float32, bitcast=True) - {ROUND}"
+        yield f"    s = {_summed('q', 'k', '[BM, BN]')}"
+        yield f"    s = s * q_factor[:, None] - (q_factor * {ROUND})[:, None]"
         yield "else:"
-        yield "    s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)"
-    yield "s = s * q_factor[:, None] * k_scale[None, :]"
+        yield "    s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32) * q_factor[:, None]"
+    yield "s = s * k_scale[None, :]"
 
 
-def _product(kind: str) -> Iterator[str]:
-    if kind == "fp8":
+def _summed(a: str, b: str, shape: str) -> str:
+    """1.5·2^23 + a·bᵀ of int8, float32. Whoever multiplies it by a factor takes 1.5·2^23 times the factor away, in the same
+    instruction; what that rounds is at most a unit of the products."""
+    return f"tl.dot({a}, tl.trans({b}), tl.full({shape}, {MAGIC}, tl.int32), out_dtype=tl.int32).to(tl.float32, bitcast=True)"
+
+
+def _product(codes: str) -> Iterator[str]:
+    if codes:
         yield "v = tl.load(v_codes + (place * BV + channel)[:, None] * TP + token[None, :])"
-        yield "v_scale = tl.load(v_scales + place * (TP // BN) + step)"
-        yield "p = tl.permute(tl.reshape(p, [BM, BN // 16, 2, 4, 2]), 0, 1, 3, 2, 4)"
-        yield f"some = tl.dot(tl.reshape(p * {LIFT}, [BM, BN]).to(tl.float8e4nv), tl.trans(v))"
-        yield "acc = acc * alpha[:, None] + some * v_scale"
+        yield "beta = beta * tl.load(v_scales + place * (TP // BN) + step)"
+        yield f"p = {_rounded(codes, _placed('p', 'BM', 'BN'))}"
+    if codes == "fp8":
+        yield "acc = acc * alpha[:, None] + tl.dot(p, tl.trans(v)) * beta[:, None]"
+        return
+    if codes == "int8":
+        yield f"acc = acc * alpha[:, None] - (beta * {ROUND})[:, None]"
+        yield f"acc += {_summed('p', 'v', '[BM, BV]')} * beta[:, None]"
         return
     yield "inside = (token < T)[:, None] & (channel < DV)[None, :]"
     yield "from_v = v_ptr + sequence * v_b + (query_head // GROUP) * v_h + token.to(tl.int64)[:, None] * v_t + channel[None, :]"
@@ -203,6 +243,8 @@ def _product(kind: str) -> Iterator[str]:
     yield "acc = tl.dot(p.to(DOT), v, acc * alpha[:, None])"
 
 
-def _with_mean() -> Iterator[str]:
+def _restored(codes: str) -> Iterator[str]:
+    """``x`` [BM, BV] rotated back, with the mean of values."""
+    yield from _turned(codes, "BM", "BV", back=True)
     yield "mean = tl.load(means_ptr + place * DV + channel, mask=channel < DV, other=0.0)"
-    yield "out = tl.where((total > 0.0)[:, None], out + mean[None, :], 0.0)"
+    yield "x = tl.where((total > 0.0)[:, None], x + mean[None, :], 0.0)"

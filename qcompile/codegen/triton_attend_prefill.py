@@ -26,19 +26,21 @@ TOKENS = 32
 """Tokens that it takes at a time."""
 
 OPERANDS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "bfloat16"}
-"""What probabilities and values are multiplied in, where not in e4m3."""
+"""What is multiplied in 16 bits: rotations, and probabilities and values where they are not in 8."""
+
+CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @functools.cache
 def triton_prefill(kind: str) -> TritonPrefill:
-    """The kernels of ``kind`` "fp8" or "int8". Raises :class:`~qcompile.errors.KernelBuildError` for another."""
-    if kind not in text.LARGEST:
-        raise KernelBuildError(f"no attention kernel computes in {kind!r}; use 'fp8' or 'int8'")
+    """The kernels of ``kind`` "fp8", "int8" or "int8_both". Raises :class:`~qcompile.errors.KernelBuildError` for another."""
+    if kind not in text.KINDS:
+        raise KernelBuildError(f"no attention kernel computes in {kind!r}; use 'fp8', 'int8' or 'int8_both'")
     return TritonPrefill(kind)
 
 
 def source(kind: str) -> str:
-    """The text of the kernels of ``kind`` "fp8" or "int8"."""
+    """The text of the kernels of ``kind``, one of :data:`.triton_attend_fresh.KINDS`."""
     kernels = [text.sums(f"sums_{kind}"), text.quantize(kind, f"quantize_{kind}"), text.fresh(kind, f"fresh_{kind}")]
     tag = content_hash("".join(kernels))[:8]
     return module(f"{kind} attention", [k.replace(f"_{kind}(", f"_{kind}_{tag}(", 1) for k in kernels], False)
@@ -51,13 +53,13 @@ class TritonPrefill:
         self.kind = kind
 
     def variant(self, target: Target) -> str:
-        """What runs on ``target``: "fp8", or "int8" where that was asked for or matrix units have no e4m3 (sm_80)."""
-        return "fp8" if self.kind == "fp8" and target.computes_fp8 else "int8"
+        """The kind that runs on ``target``: the one asked for, or "int8" for "fp8" where matrix units have no e4m3 (sm_80)."""
+        return "int8" if self.kind == "fp8" and not target.computes_fp8 else self.kind
 
     @functools.cached_property
     def sources(self) -> dict[str, str]:
         """The text of the kernels of each variant."""
-        return {kind: kept_source("triton prefill", (kind,), functools.partial(source, kind)) for kind in ("fp8", "int8")}
+        return {kind: kept_source("triton prefill", (kind,), functools.partial(source, kind)) for kind in text.KINDS}
 
     def module(self, variant: str) -> ModuleType:
         return load(self.sources[variant])
@@ -140,7 +142,7 @@ class Prefill:
 
     @property
     def _operand(self) -> Any:
-        """The type of rotations, and of P·V where that is not in e4m3."""
+        """The type of rotations, and of P·V where that is not in 8 bits."""
         return getattr(self.kernels.module(self.variant).tl, "float32" if interpreting() else OPERANDS[self.q.dtype])
 
     def _width(self, x: torch.Tensor) -> int:
@@ -159,14 +161,15 @@ class Prefill:
 
     def _quantized(self, smooth: bool) -> Scratch:
         k, v, count = self.k, self.v, self.k.shape[0] * self.k.shape[1]
-        eight, stored = self.variant == "fp8", self._stored
+        kind, stored = text.KINDS[self.variant], self._stored
+        eight = kind.product != ""
 
         def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(count, *shape, dtype=dtype, device=k.device)
 
-        codes = torch.float8_e4m3fn if eight else torch.int8
         scratch = Scratch(
-            made(stored, self._width(k), dtype=codes), made(stored), made(self._width(v), stored, dtype=codes) if eight else None,
+            made(stored, self._width(k), dtype=CODES[kind.scores]), made(stored),
+            made(self._width(v), stored, dtype=CODES[kind.product]) if eight else None,
             made(stored // self.tile.tokens) if eight else None, made(v.shape[3]) if eight else None,
         )  # fmt: skip
         self.kernels.kernel(self.variant, "quantize")[(stored // self.tile.tokens, count)](

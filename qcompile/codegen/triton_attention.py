@@ -25,7 +25,7 @@ from .triton_attend_store import check_stores, store, storer
 from .triton_attend_tiles import AttendTile
 from .triton_launch import ceil
 from .triton_load import content_hash, interpreting, load
-from .triton_print import Printer
+from .triton_print import Printer, minifloat_gen
 from .triton_text import module
 from .triton_turn import BLOCK, turn_rows, turning
 
@@ -155,7 +155,7 @@ class TritonAttention:
         softcap: float,
     ) -> torch.Tensor:  # fmt: skip
         """Attention of ``q`` [B, Hq, L, D] over ``k`` [B, H, T, D] and ``v`` [B, H, T, Dv]; if ``causal``, query i sees the first
-        i + 1 tokens. Products are in 8 bits where both formats are e4m3 or int8; else k and v are packed first."""
+        i + 1 tokens. Products are in 8 bits where both formats are e4m3, e3m4 or int8; else k and v are packed first."""
         if (kind := self._eight_bits()) is not None:
             return triton_prefill(kind).prefill(q, k, v, mask, causal, scale, softcap)
         (batch, heads, tokens, dim), value_dim = k.shape, v.shape[3]
@@ -169,12 +169,15 @@ class TritonAttention:
                            center=center if softcap else None)  # fmt: skip
 
     def _eight_bits(self) -> str | None:
-        """The kind of products in which both formats' codes are multiplied as they are."""
+        """The kind of products in which both formats' codes are multiplied as they are; e3m4, which no matrix unit multiplies,
+        in int8, which loses about as much as e3m4 itself: 1.7% of normal outputs, and 1.9%."""
         kinds = set()
         for spec in self.formats:
-            book = codebook_of_gen(spec)
+            book, minifloat = codebook_of_gen(spec), minifloat_gen(spec)
             if book is not None and book.cast == torch.float8_e4m3fn:
                 kinds.add("fp8")
+            elif minifloat is not None and minifloat.minifloat == (3, 4) and spec.period == ROW:
+                kinds.add("int8_both")
             elif spec.code.dtype == "i8" and spec.period == ROW:
                 kinds.add("int8")
             else:
@@ -187,7 +190,7 @@ class TritonAttention:
         return getattr(self.module.tl, name)
 
     def turned(self, x: torch.Tensor, each: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """``x`` [B, H, L, D] with ``each`` neighbouring channels turned together, contiguous or in ``out``; ``x`` if that is 1."""
+        """``x`` [B, H, L, D], ``each`` neighbouring channels turned together, contiguous or in ``out``; ``x`` if that is 1."""
         x = x if x.stride(3) == 1 else x.contiguous()
         if each == 1:
             return x
