@@ -12,7 +12,7 @@ from rich.table import Table
 from .machine import RESULTS, save
 from .plots import draw
 
-QUESTIONS = ("linear", "formats", "attention", "model", "source", "kernels", "overhead", "startup", "memory", "accuracy",
+QUESTIONS = ("linear", "formats", "attention", "caches", "model", "source", "kernels", "overhead", "startup", "memory", "accuracy",
              "calibration", "reconstruction", "search", "load", "qat", "adapters", "experts", "together")  # fmt: skip
 
 app = typer.Typer(add_completion=False)

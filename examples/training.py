@@ -130,22 +130,22 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def schedule(step: int) -> float:
-    """Factor on the learning rates: linear warm-up, then linear decay to zero at STEPS."""
-    warm = WARM_UP * STEPS
-    return min((step + 1) / warm, (STEPS - step) / (STEPS - warm))
+def schedule(step: int, steps: int) -> float:
+    """Factor on the learning rates: linear warm-up, then linear decay to zero at `steps`."""
+    warm = WARM_UP * steps
+    return min((step + 1) / warm, (steps - step) / (steps - warm))
 
 
 @torch.enable_grad()
-def train(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
-    """STEPS steps on windows drawn from `ids`, a vector of token ids: float32 weights, bfloat16 autocast."""
+def train(model: LlamaForCausalLM, ids: torch.Tensor, steps: int = STEPS) -> None:
+    """`steps` steps on windows drawn from `ids`, a vector of token ids: float32 weights, bfloat16 autocast."""
     draw = torch.Generator().manual_seed(SEED)
     within = torch.arange(WINDOW + 1)
     chosen = optimizers(model)
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(one, schedule) for one in chosen]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: schedule(step, steps)) for one in chosen]
     model.train()
     began = time.perf_counter()
-    for step in range(STEPS):
+    for step in range(steps):
         starts = torch.randint(len(ids) - WINDOW, (BATCH, 1), generator=draw)
         windows = ids[starts + within]
         with torch.autocast("cpu", torch.bfloat16):
@@ -158,7 +158,7 @@ def train(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
         model.zero_grad()
         if step % 50 == 49:
             seconds = time.perf_counter() - began
-            print(f"  step {step + 1}/{STEPS}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
+            print(f"  step {step + 1}/{steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
     model.eval()
 
 

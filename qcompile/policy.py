@@ -19,7 +19,7 @@ from .formats.reference import why_no_stack
 from .gguf_presets import ALWAYS, GGUF_PRESETS, Place, places
 from .plan import ROLES, Decision, Site
 from .presets import DEFAULT, PRESETS, ROUTERS, default_preset
-from .rules import Rule, rules_from, scheme_from, scheme_named
+from .rules import Rule, label_of, rules_from, scheme_from, scheme_named
 from .target import Target
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -88,9 +88,12 @@ class Policy:
 
     def as_dict(self) -> dict[str, Any]:
         """The policy as JSON types; a scheme is written as its operator key (format, fingerprint,
-        activations), a condition only where a rule has one."""
+        activations), a condition, and what else attention gets, only where a rule has one."""
         rules = [
-            {"pattern": r.pattern, "scheme": r.outcome} | ({"when": r.when} if r.when else {}) for r in self.rules
+            {"pattern": r.pattern, "scheme": r.outcome}
+            | ({"when": r.when} if r.when else {})
+            | ({"tokens": r.tokens.key} if r.tokens else {})
+            for r in self.rules
         ]
         return {"name": self.name, "explicit": self.explicit, "rules": rules}
 
@@ -105,7 +108,7 @@ class Policy:
         try:
             content = json.loads(text)
             rules = [
-                Rule(r["pattern"], scheme_of(r["scheme"]) if r["scheme"] else None, r.get("when", ALWAYS))
+                Rule(r["pattern"], _kept(r["scheme"]), r.get("when", ALWAYS), _kept(r.get("tokens")))
                 for r in content["rules"]
             ]
             return Policy(content["name"], rules, content["explicit"])
@@ -187,20 +190,20 @@ class Policy:
 
     def _decision(self, site: Site, rule: Rule | None, tie: str | None, shared: bool) -> Decision:
         if rule is None:
-            return Decision(site, None, self._source(None), "no rule matches")
-        source = self._source(rule)
-        if rule.scheme is None:
+            return Decision(site, None, self._source(None, site), "no rule matches")
+        source, scheme = self._source(rule, site), rule.scheme_for(site)
+        if scheme is None:
             return Decision(site, None, source, "the policy leaves it in floating point")
-        wanted = rule.scheme if self._means(rule, site, tie is not None) else None
+        wanted = scheme if self._means(rule, site, tie is not None) else None
         reason = site.unsupported or tie
         if reason is None and not site.is_packable:
             reason = f"{site.operator} has no quantized kernel"
         if reason is None and not shared and not site.takes(rule):
             reason = f"rule {rule.pattern!r} means linear layers; name {site.name!r} in a rule of its own to have it"
         if reason is None and len(site.shape) == 3 and site.is_linear:
-            reason = why_no_stack(rule.scheme.format)
+            reason = why_no_stack(scheme.format)
         if reason is None and site.operator == "attention":
-            reason = why_no_range(rule.scheme.format)
+            reason = why_no_range(scheme.format)
         if reason is None and site.dtype not in WEIGHT_DTYPES:
             reason = f"its weight is {site.dtype}, not float32, float16 or bfloat16"
             if self.explicit and not rule.catches_all:
@@ -208,7 +211,7 @@ class Policy:
                     f"rule {rule.pattern!r} asks for {rule.label} on {site.name!r}, but {reason}. "
                     "Give the layer the value 'float'"
                 )
-        return Decision(site, None if reason else rule.scheme, source, reason, wanted)
+        return Decision(site, None if reason else scheme, source, reason, wanted)
 
     def _means(self, rule: Rule, site: Site, tied: bool) -> bool:
         """Whether a rule that matches a site asks for it, so that leaving it is a failure under ``strict``:
@@ -222,9 +225,9 @@ class Policy:
             return not tied or (self.explicit and not rule.catches_all)
         return self.explicit and not set(rule.pattern) & set("*?[")
 
-    def _source(self, rule: Rule | None) -> str:
+    def _source(self, rule: Rule | None, site: Site) -> str:
         if self.explicit:
-            return f"{rule.pattern}: {rule.label}" if rule is not None else "no rule"
+            return f"{rule.pattern}: {label_of(rule.scheme_for(site))}" if rule is not None else "no rule"
         if rule is None or rule.catches_all:
             return f"preset {self.name}"
         return f"preset {self.name} ({', '.join(filter(None, (rule.shown, rule.when)))})"
@@ -243,6 +246,11 @@ class Policy:
             and not any(map(r.matches_name, names))
             and not any(map(r.matches_role, roles))
         ]
+
+
+def _kept(key: str | None) -> Scheme | None:
+    """The scheme that a saved policy names."""
+    return scheme_of(key) if key else None
 
 
 def check_rules(policy: Policy, sites: Sequence[Site], module_names: Iterable[str], whole: bool = True) -> None:

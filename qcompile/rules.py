@@ -10,10 +10,15 @@ from typing import Any
 from .errors import PolicyError, UnknownFormatError, nearest
 from .formats import FormatSpec, Scheme, activations_of, find, names
 from .gguf_presets import ALWAYS, CONDITIONS, Place
+from .kv_cache import ALIASES as TOKENS
 from .plan import Site
 from .presets import ALIASES, DYNAMIC, FLOATS
 
 ROLE_ONLY = "role:"
+
+
+def label_of(scheme: Scheme | None) -> str:
+    return scheme.label if scheme is not None else "float"
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +28,13 @@ class Rule:
     A pattern is a glob over a module's name ("model.layers.*.mlp.up_proj"), over its last components
     ("mlp.up_proj", "lm_head"), or over a role ("attention.q_proj", "mlp.*"); after ``role:`` over roles
     alone. ``when`` is one of :data:`~qcompile.gguf_presets.CONDITIONS` on the layer's place in the model.
+    ``tokens`` is set for keys and values of attention, where the short name that was written means another format for them.
     """
 
     pattern: str
     scheme: Scheme | None
     when: str = ALWAYS
+    tokens: Scheme | None = None
 
     def __post_init__(self) -> None:
         if self.when not in CONDITIONS:
@@ -37,9 +44,13 @@ class Rule:
     def catches_all(self) -> bool:
         return self.pattern == "*" and not self.when
 
+    def scheme_for(self, site: Site) -> Scheme | None:
+        """What is set for ``site``."""
+        return self.tokens if self.tokens is not None and site.operator == "attention" else self.scheme
+
     @property
     def label(self) -> str:
-        return self.scheme.label if self.scheme is not None else "float"
+        return label_of(self.scheme)
 
     @property
     def outcome(self) -> str | None:
@@ -118,5 +129,6 @@ def rules_from(value: object) -> list[Rule]:
             raise PolicyError(f"{pair!r} is no rule; a rule is a pair of a pattern and a value")
         if any(rule.pattern == pair[0] for rule in rules):
             raise PolicyError(f"pattern {pair[0]!r} comes twice; the second rule could never match, remove one")
-        rules.append(Rule(pair[0], scheme_from(pair[0], pair[1])))
+        tokens = scheme_named(TOKENS[pair[1]]) if isinstance(pair[1], str) and pair[1] in TOKENS else None
+        rules.append(Rule(pair[0], scheme_from(pair[0], pair[1]), tokens=tokens))
     return rules

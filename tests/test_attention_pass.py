@@ -177,5 +177,6 @@ def test_a_hugging_face_model(implementation: str) -> None:
     compiled = torch.compile(model, backend="qcompile", options={"policy": {"*.self_attn": "fp8", "*": "float"}, "strict": True})
     out = compiled(ids, use_cache=False).logits
     assert 0 < (out - expected).norm() <= 0.03 * expected.norm()
-    names = [r.decision.site.name for r in records(compiled, ids, use_cache=False)]
-    assert names == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    found = records(compiled, ids, use_cache=False)
+    assert [r.decision.site.name for r in found] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert {r.decision.rule for r in found} == {"*.self_attn: fp8_e3m4"}

@@ -159,7 +159,7 @@ def test_attention_is_computed_in_what_a_rule_of_its_own_says() -> None:
         assert left.scheme is None and left.wanted is None and left.reason
     for pattern in ("*.self_attn", "self_attn", "model.layers.*.self_attn"):
         (named,) = Policy.parse({pattern: "fp8"}).decide([site], CPU)
-        assert named.scheme == named.wanted == Scheme(get("fp8_e4m3"))
+        assert named.scheme == named.wanted == Scheme(get("fp8_e3m4"))
     (refused,) = Policy.parse({"self_attn": "Q4_K"}).decide([site], CPU)
     assert refused.scheme is None and "scales must be floats that follow from one token's range" in (refused.reason or "")
     (odd,) = Policy.parse({"self_attn": "fp8"}).decide([dataclasses.replace(site, unsupported="it drops")], CPU)
@@ -367,7 +367,21 @@ def test_keys_tell_policies_apart() -> None:
         {"b": "int8", "a": "int8"},
     ]
     assert len({Policy.parse(v).key for v in values}) == len(values)
-    assert Policy.parse({"a": "int4"}).key == Policy.parse([("a", ALIASES["int4"])]).key
+    assert Policy.parse({"a": "int8"}).key == Policy.parse([("a", Scheme(get("int8")))]).key
+    assert Policy.parse({"a": "int4"}).key != Policy.parse([("a", ALIASES["int4"])]).key  # which attention gets too
+
+
+@pytest.mark.parametrize("name,weights,tokens", [
+    ("fp8", "fp8_e4m3", "fp8_e3m4"), ("int4", "int4_g128", "int4_g32"), ("int8", "int8", "int8"),
+    ("fp8_e4m3", "fp8_e4m3", "fp8_e4m3"),
+])  # fmt: skip
+def test_short_names_mean_for_attention_what_they_mean_for_caches(name: str, weights: str, tokens: str) -> None:
+    policy = Policy.parse({"*.self_attn": name, "*": name})
+    sites = [linear("a"), Site("model.layers.0.self_attn", "attention", node="attend", shape=(1, 4, 6, 8))]
+    for again in (policy, Policy.from_json(policy.to_json())):
+        found = again.decide(sites, CPU)
+        assert [d.scheme and d.scheme.label for d in found] == [weights, tokens]
+        assert [d.rule for d in found] == [f"*: {weights}", f"*.self_attn: {tokens}"]
 
 
 def test_a_saved_policy_with_another_declaration_of_its_format_is_refused() -> None:
