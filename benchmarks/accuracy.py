@@ -23,6 +23,7 @@ import qcompile
 from qcompile.evaluation import parameter_bytes as stored_bytes
 from qcompile.rounding.methods import METHODS
 
+from . import readme
 from .calibration import WINDOWS, draws, packed
 
 NEAREST = ("fp8", "int8", "int8_dynamic", "int4", "int4_g32", "int4_dynamic", "int3_g64", "int2_g64", "nf4", "mxfp4", "nvfp4",
@@ -37,8 +38,6 @@ ENCODER: dict[str, dict[str, Any]] = {
 COMPARED, BATCH = 64, 8
 """Windows that the divergence and the agreement are over; the perplexity is over nearly all held-out text."""
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- python -m benchmarks accuracy -->\n", "<!-- end -->"
 SHOWN = ("int8", "int8_dynamic", "fp8", "mixed", "Q8_0", "Q6_K", "Q5_K_M", "int4", "int4, gptq", "int4, awq", "nf4", "nvfp4",
          "mxfp4", "searched, 4.25 bits", "searched, 4.25 bits, gptq", "Q4_K_M", "Q4_K_M, gptq", "int3_g64", "int3_g64, gptq",
          "int3_g64, awq", "searched, 3.5 bits, gptq", "Q3_K_M", "Q2_K", "Q2_K, gptq")  # fmt: skip
@@ -126,9 +125,5 @@ def _label(name: str) -> str:
 
 
 def publish(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Puts the table of ``rows`` into README, between its marks. Raises ValueError where these are not there."""
-    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{README}: no {BEGIN.strip()} … {END} around the table of accuracy; put them back")
-    README.write_text(before + begin + table(rows) + end + after, encoding="utf-8")
+    """Puts the table of ``rows`` into README."""
+    readme.put("accuracy", table(rows))

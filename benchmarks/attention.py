@@ -4,7 +4,8 @@ the same run.
 ``sdpa`` is ``F.scaled_dot_product_attention(…, enable_gqa=True)`` over bf16 keys and values, as Hugging Face models call it;
 ``folded`` is the same product with the queries of a group as rows of one head, the fastest that torch has for it here.
 Errors are relative (Frobenius), of the output of 32 queries that see all tokens, against float64 attention over the float keys
-and values: normal ones; keys around 50 in three channels; with three channels and one number of a thousand far out.
+and values: normal ones; keys around 50 in three channels; one number of a thousand by ten deviations more, in queries too
+(FlashAttention-3, arXiv:2407.08608); three channels of twenty times the size, and one number of a thousand of thirty times.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def _calls(tokens: int) -> dict[str, list[Callable[[torch.Tensor], torch.Tensor]
     return calls
 
 
-def _bytes(name: str, tokens: int) -> float:
-    """Of the cache, over those in bf16."""
+def bytes_over_bf16(name: str, tokens: int) -> float:
+    """Bytes of a cache, over those in bf16."""
     if name not in FORMATS:
         return 1.0
     cache = KVCache(FORMATS[name], capacity=tokens)
@@ -66,15 +67,22 @@ def _biased(*shape: int) -> torch.Tensor:
     return x
 
 
+def _heavy(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape) + torch.where(torch.rand(shape) < 1e-3, 10 * torch.randn(*shape), 0.0)
+
+
 def _outliers(*shape: int) -> torch.Tensor:
     x = torch.randn(*shape)
     x[..., [3, 17, 40]] *= 20
     return torch.where(torch.rand(shape) < 1e-3, 30 * x, x)
 
 
-def _error(formats: Any, tokens: int, keys: Callable[..., torch.Tensor], values: Callable[..., torch.Tensor]) -> float:
+def _error(
+    formats: Any, tokens: int, keys: Callable[..., torch.Tensor], values: Callable[..., torch.Tensor],
+    queries: Callable[..., torch.Tensor] = torch.randn,
+) -> float:  # fmt: skip
     torch.manual_seed(0)
-    k, v, q = keys(1, HEADS, tokens, SIZE), values(1, HEADS, tokens, SIZE), torch.randn(1, HEADS * GROUP, 32, SIZE)
+    k, v, q = keys(1, HEADS, tokens, SIZE), values(1, HEADS, tokens, SIZE), queries(1, HEADS * GROUP, 32, SIZE)
     cache = KVCache(formats)
     cache.append(k, v)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
@@ -83,6 +91,7 @@ def _error(formats: Any, tokens: int, keys: Callable[..., torch.Tensor], values:
 
 def _errors(formats: Any, tokens: int) -> dict[str, float]:
     return {"error": _error(formats, tokens, _normal, _normal), "with a bias": _error(formats, tokens, _biased, _normal),
+            "heavy tails": _error(formats, tokens, _heavy, _heavy, _heavy),
             "with outliers": _error(formats, tokens, _outliers, _outliers)}  # fmt: skip
 
 
@@ -101,7 +110,7 @@ def run() -> list[dict[str, Any]]:
                     times[name].append(time.perf_counter() - start)
         for name, own in times.items():
             over = {base: statistics.median(a / b for a, b in zip(times[base], own, strict=True)) for base in ("sdpa", "folded")}
-            rows.append({"tokens": tokens, "cache": name, "bytes": _bytes(name, tokens), "ms": 1e3 * statistics.median(own),
-                         "speedup": over["sdpa"], "over folded": over["folded"],
+            rows.append({"tokens": tokens, "cache": name, "bytes": bytes_over_bf16(name, tokens),
+                         "ms": 1e3 * statistics.median(own), "speedup": over["sdpa"], "over folded": over["folded"],
                          **(_errors(FORMATS[name], tokens) if name in FORMATS else {})})  # fmt: skip
     return rows
