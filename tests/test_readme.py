@@ -32,7 +32,7 @@ def test_publishing_replaces_the_table_alone(tmp_path: Path, monkeypatch: pytest
     rows = [{"model": "decoder", "policy": name, "bytes": 0.5, "over float": -0.0012, "KL": 0.01234, "agreement": 0.9}
             for name in accuracy.SHOWN]  # fmt: skip
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    readme.README.write_text(f"before\n{readme.block('accuracy', 'old\n')}\nafter\n")
+    readme.README.write_text("before\n" + readme.block("accuracy", "old\n") + "\nafter\n")
     accuracy.publish(rows)
     text = readme.README.read_text()
     assert text.startswith("before\n") and text.endswith(f"{readme.END}\nafter\n") and "old" not in text
