@@ -49,8 +49,8 @@ def test_interpreted_kernels_match_float64(programs: dict[str, Report], check: s
 
 
 def test_every_kernel_was_compiled_for_every_target(programs: dict[str, Report]) -> None:
-    for kernels in (("few",), ("many",), ("merge",), ("write",), ("fp8 fresh", "int8 fresh"), ("fp8 quantize", "int8 quantize"),
-                    ("int8_both fresh",), ("int8_both quantize",)):  # fmt: skip
+    for kernels in (("few",), ("many",), ("merge",), ("turn",), ("write",), ("fp8 fresh", "int8 fresh"),
+                    ("fp8 quantize", "int8 quantize"), ("int8_both fresh",), ("int8_both quantize",)):  # fmt: skip
         assert {r["arch"] for r in compiled(programs, *kernels)} == set(ARCHES), kernels
 
 
@@ -79,7 +79,7 @@ def test_products_use_the_matrix_units_of_their_target(programs: dict[str, Repor
     integer = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}
     for r in compiled(programs, "int8 fresh", "int8_both fresh"):
         both = {integer[r["arch"]], *SIXTEEN[r["arch"]]}
-        assert set(r["matrix"]) == both, shown([r])  # in 16 bits: rotations
+        assert set(r["matrix"]) == both, shown([r])  # in 16 bits: what turns channels
         assert set(r["repeated"]) == ({integer[r["arch"]]} if r["kernel"] == "int8_both fresh" else both), shown([r])
 
 

@@ -172,15 +172,15 @@ def tasks() -> Iterator[Task]:
 
 def reports(wanted: list[Task]) -> Iterator[dict[str, Any]]:
     """What was compiled; kernels that many tasks share, once for each target."""
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[str, int, bool]] = set()
     for task in wanted:
         about = {"call": task.call, "formats": f"{task.keys}/{task.values}", "dtype": str(task.dtype)[6:], "width": task.width,
                  "rows": task.group * task.length}  # fmt: skip
         for name, compiled, options in build(task):
             if name == "merge" or name.endswith(" sums"):
-                if (name, task.arch) in seen:
+                if (kind := (name, task.arch, options.get("TURN", 1) > 1)) in seen:
                     continue
-                seen.add((name, task.arch))
+                seen.add(kind)
             yield about | facts(name, compiled, options, task.arch)
 
 

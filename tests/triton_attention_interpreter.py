@@ -137,6 +137,7 @@ CALLS = (
     *(Attend("int8", "fp8_e4m3", dtype, dim, length=length) for dim, length in ((72, 3), (80, 1), (96, 17), (256, 1))
       for dtype in (HALF, BRAIN)),
     Attend("int4_g32", "nf4_g32", HALF, 72), Attend("row_zero", "row_zero", HALF, 72, length=17, tile=MANY),
+    Attend("int8", "int8", HALF, 256, length=17, tile=MANY), Attend("int8", "int8", FLOAT, 512),
     Attend("int8", "int4_g32", HALF, 96, value_dim=64), Attend("mxfp4", "int8_g64", HALF, 80, length=3, tile=MANY),
     *(replace(BASE, length=length, mask=mask, tile=tile)
       for mask in ("padding", "bool", "short", "float", "float16", "least", "none", "heads")

@@ -236,7 +236,7 @@ def merge(name: str) -> str:
         "    acc += tl.sum(weight[:, None] * some, 0)",
         "acc = acc * tl.where(total == 0.0, 0.0, 1.0 / total)",
         "if TURN > 1:",
-        "    acc = tl.reshape(turn(tl.reshape(acc, [1, BV]), 1, BV, TURN, tl.float32, 1), [BV])",
+        "    acc = tl.reshape(turn(tl.reshape(acc, [1, BV]), 0, 1, BV, TURN, tl.float32, 1), [BV])",
         "tl.store(out_ptr + tl.program_id(0).to(tl.int64) * DV + channel, acc.to(out_ptr.dtype.element_ty), mask=channel < DV)",
     ]
     return text.kernel(name, arguments, body)

@@ -2,9 +2,8 @@
 
 ``fp8``: Q·Kᵀ and P·V in e4m3. ``int8``: Q·Kᵀ in int8, P·V in 16 bits. ``int8_both``: both in int8. Before they are rounded,
 keys lose their mean over the tokens, which moves all scores of a query alike and so no probability (unless scores are capped);
-values in 8 bits lose theirs too, and it is added to the result, since probabilities sum to one. For int8, queries and keys are
-then rotated alike by a Hadamard matrix over 64 channels: products stay, and a channel of large values no longer makes the
-steps of all others coarse (e4m3 keeps relative precision anyway); values in int8 are rotated too, and the result back.
+values in 8 bits lose theirs too, and it is added to the result, since probabilities sum to one. For int8, channels are then
+turned together (:mod:`qcompile.formats.turning`): of queries and keys alike; of values, and of the result back.
 Queries and keys have a scale per row, values one per block of tokens. Every block's P·V in 8 bits is a sum of its own, added
 in float32, since wgmma adds e4m3 with about 14 bits; its probabilities are relative to the block's own largest, since int8
 has no small ones.
@@ -15,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..formats.turning import MOST
 from . import triton_text as text
 from .triton_act import ROUND
 from .triton_attend import Axes, masked, softmax
@@ -36,9 +36,6 @@ bits, probabilities are relative to the largest so far."""
 
 MAGIC = 0x4B400000
 """The bits of 1.5·2^23: added to an integer below 2^22 in size they make the float32 1.5·2^23 + integer."""
-
-ROTATED = 64
-"""Channels that are rotated together."""
 
 WIDEST = 256
 """Channels, or tokens, up to which products of int8 stay below 2^22."""
@@ -96,25 +93,10 @@ def _loaded(side: str, real: str, block: str) -> Iterator[str]:
     yield f"x = tl.load(from_x, mask=inside[:, None] & (d < {real})[None, :], other=0.0).to(tl.float32)"
 
 
-def _turned(codes: str, rows: str, block: str, back: bool = False) -> Iterator[str]:
-    """``x`` [rows, block] rotated if ``codes`` are int8, in another order of channels: every R channels, block/R apart (so that
-    padding is shared out), times ±1, the parity of the bits that two of them share. R is ``RK`` for BK, ``RV`` for BV. Σ over
-    channels of the product of two such rows grows R times. ``back`` takes what is rotated, and gives what it was.
-
-    No compiler knows that T is not negative, and so that both matrices of signs are one, to be kept through the loop between."""
-    if codes != "int8":
-        return
-    r = "R" + block[1:]
-    yield f"{r}: tl.constexpr = {ROTATED} if {block} >= {ROTATED} else {block}"
-    yield f"bits = tl.arange(0, {r}){' + tl.minimum(T, 0)' if back else ''}"
-    yield "bits = bits[:, None] & bits[None, :]"
-    yield from (f"bits = bits ^ (bits >> {shift})" for shift in (4, 2, 1))
-    yield "signs = (1.0 - 2.0 * (bits & 1).to(tl.float32)).to(DOT)"
-    apart = f"x = tl.permute(tl.reshape(x, [{rows}, {f'{block} // {r}, {r}' if back else f'{r}, {block} // {r}'}]), 0, 2, 1)"
-    yield from () if back else (apart,)
-    yield f"x = tl.dot(tl.reshape({f'(x * (1.0 / {r}))' if back else 'x'}.to(DOT), [{rows} * {block} // {r}, {r}]), signs)"
-    yield from (apart,) if back else ()
-    yield f"x = tl.reshape(x, [{rows}, {block}])"
+def _turned(codes: str, rows: str, block: str, zero: str = "0") -> Iterator[str]:
+    """``x`` [rows, block], its channels (padding too) turned, or turned back, if ``codes`` are int8."""
+    if codes == "int8":
+        yield f"x = turn(x, {zero}, {rows}, {block}, {block} if {block} < {MOST} else {MOST}, DOT, 1)"
 
 
 def _mean(side: str, real: str, block: str) -> Iterator[str]:
@@ -131,7 +113,7 @@ def _rounded(codes: str, name: str) -> str:
 
 def _placed(x: str, rows: str, columns: str) -> str:
     """``x`` [rows, columns] with column 16h + 8a + 2c + b at 16h + 4c + 2a + b. So stand the channels of keys and queries, and
-    the tokens of values and probabilities: what a thread holds of a product (rotated queries, scores) is then, in 8 bits, what
+    the tokens of values and probabilities: what a thread holds of a product (turned queries, scores) is then, in 8 bits, what
     it multiplies of the left operand of the next."""
     return f"tl.reshape(tl.permute(tl.reshape({x}, [{rows}, {columns} // 16, 2, 4, 2]), 0, 1, 3, 2, 4), [{rows}, {columns}])"
 
@@ -189,7 +171,7 @@ def _queries(codes: str) -> Iterator[str]:
     yield "top = tl.max(tl.abs(x), 1)"
     yield f"x = x * tl.where(top > 0.0, {LARGEST[codes]} / top, 0.0)[:, None]"
     yield f"q = {_rounded(codes, _placed('x', 'BM', 'BK'))}"
-    yield f"q_factor = top * (factor * {1 / LARGEST[codes]!r}{' / RK' if codes == 'int8' else ''})"
+    yield f"q_factor = top * (factor * {1 / LARGEST[codes]!r})"
     yield "mask_at = sequence * mask_b + query_head * mask_h + query.to(tl.int64) * mask_l"
 
 
@@ -244,7 +226,7 @@ def _product(codes: str) -> Iterator[str]:
 
 
 def _restored(codes: str) -> Iterator[str]:
-    """``x`` [BM, BV] rotated back, with the mean of values."""
-    yield from _turned(codes, "BM", "BV", back=True)
+    """``x`` [BM, BV] turned back, with the mean of values."""
+    yield from _turned(codes, "BM", "BV", "tl.minimum(T, 0)")
     yield "mean = tl.load(means_ptr + place * DV + channel, mask=channel < DV, other=0.0)"
     yield "x = tl.where((total > 0.0)[:, None], x + mean[None, :], 0.0)"

@@ -18,6 +18,7 @@ from .triton_attend_tiles import AttendTile, prefill_tile
 from .triton_launch import ceil, options
 from .triton_load import content_hash, interpreting, load
 from .triton_text import module
+from .triton_turn import turning
 
 CHUNK = 512
 """Tokens whose sum one program takes."""
@@ -26,7 +27,7 @@ TOKENS = 32
 """Tokens that it takes at a time."""
 
 OPERANDS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "bfloat16"}
-"""What is multiplied in 16 bits: rotations, and probabilities and values where they are not in 8."""
+"""What is multiplied in 16 bits: what turns channels, and probabilities and values where they are not in 8."""
 
 CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
@@ -43,7 +44,7 @@ def source(kind: str) -> str:
     """The text of the kernels of ``kind``, one of :data:`.triton_attend_fresh.KINDS`."""
     kernels = [text.sums(f"sums_{kind}"), text.quantize(kind, f"quantize_{kind}"), text.fresh(kind, f"fresh_{kind}")]
     tag = content_hash("".join(kernels))[:8]
-    return module(f"{kind} attention", [k.replace(f"_{kind}(", f"_{kind}_{tag}(", 1) for k in kernels], False)
+    return module(f"{kind} attention", [*turning(), *(k.replace(f"_{kind}(", f"_{kind}_{tag}(", 1) for k in kernels)], False)
 
 
 class TritonPrefill:
@@ -142,7 +143,7 @@ class Prefill:
 
     @property
     def _operand(self) -> Any:
-        """The type of rotations, and of P·V where that is not in 8 bits."""
+        """The type that channels are turned in, and of P·V where that is not in 8 bits."""
         return getattr(self.kernels.module(self.variant).tl, "float32" if interpreting() else OPERANDS[self.q.dtype])
 
     def _width(self, x: torch.Tensor) -> int:

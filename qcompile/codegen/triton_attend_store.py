@@ -202,7 +202,7 @@ def store(keys: FormatSpec, values: FormatSpec, name: str, store_keys: str, stor
             f"from_x = x_{side} + sequence * {side}_b + head * {side}_h + token.to(tl.int64)[:, None] * {side}_l + d[None, :]",
             f"x = tl.load(from_x, mask=inside[:, None] & (d < {real})[None, :], other=0.0).to(tl.float32)",
             f"if TURN_{side.upper()} > 1:",
-            f"    x = turn(x, TOK, {block}, TURN_{side.upper()}, DOT, TERMS)",
+            f"    x = turn(x, 0, TOK, {block}, TURN_{side.upper()}, DOT, TERMS)",
             f"{helper}(x, {planes[side]}, place, lane, inside, {stored}, {block}, TOK)",
         ]
     return text.kernel(name, arguments, body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..formats.turning import MOST
 from . import triton_text as text
 
 AT_ONCE = 64
@@ -14,12 +15,14 @@ LEAST = 16
 
 
 def turning() -> list[str]:
-    """The functions that kernels call: ``turn(x, ROWS, B, R, DOT, TERMS)`` gives ``x`` float32 [ROWS, B], every R neighbouring
-    channels (a power of two up to 256) times the Walsh–Hadamard matrix over the root of R. Products take ``x`` as TERMS terms of
-    DOT: what DOT holds exactly needs one."""
+    """The functions that kernels call. ``turn(x, zero, ROWS, B, R, DOT, TERMS)`` gives ``x`` float32 [ROWS, B], every R
+    neighbouring channels (a power of two up to :data:`MOST`) times the Walsh–Hadamard matrix over the root of R. Products take
+    ``x`` as TERMS terms of DOT: what DOT holds exactly needs one. ``zero`` is 0; where no compiler can know that, two matrices of
+    signs do not become one that is kept through a loop between.
+    """
     sizes = text.constexprs("ROWS", "B")
     return [text.kernel("butterfly", f"x, {sizes}, HALF: tl.constexpr", _butterfly()),
-            text.kernel("turn", f"x, {sizes}, {text.constexprs('R', 'DOT', 'TERMS')}", _turn())]  # fmt: skip
+            text.kernel("turn", f"x, zero, {sizes}, {text.constexprs('R', 'DOT', 'TERMS')}", _turn())]  # fmt: skip
 
 
 BLOCK = 16
@@ -36,7 +39,7 @@ def turn_rows(name: str) -> str:
         "sequence, head, place = row // (H * L), row // L % H, row % L",
         "start = sequence.to(tl.int64) * x_b + head.to(tl.int64) * x_h + place.to(tl.int64) * x_l",
         "x = tl.load(x_ptr + start[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)",
-        f"x = turn(x, {BLOCK}, B, TURN, DOT, TERMS)",
+        f"x = turn(x, 0, {BLOCK}, B, TURN, DOT, TERMS)",
         "to = out_ptr + row.to(tl.int64)[:, None] * D + channel[None, :]",
         "tl.store(to, x.to(out_ptr.dtype.element_ty), mask=inside)",
     ]
@@ -58,7 +61,7 @@ def _turn() -> Iterator[str]:
         yield f"        x = butterfly(x, ROWS, B, {half})"
     yield "else:"
     yield from text.indented(_product(), 1)
-    for half in _halves(AT_ONCE, 256):
+    for half in _halves(AT_ONCE, MOST):
         yield f"if R > {half}:"
         yield f"    x = butterfly(x, ROWS, B, {half})"
     yield "return x * (1.0 / R**0.5)"
@@ -72,7 +75,8 @@ def _halves(first: int, end: int) -> Iterator[int]:
 
 def _product() -> Iterator[str]:
     """Every E channels times ±1, the parity of the bits that two of them share."""
-    yield "bits = tl.arange(0, E)[:, None] & tl.arange(0, E)[None, :]"
+    yield "bits = tl.arange(0, E) + zero"
+    yield "bits = bits[:, None] & bits[None, :]"
     yield from (f"bits = bits ^ (bits >> {shift})" for shift in (4, 2, 1))
     yield "signs = 1.0 - 2.0 * (bits & 1).to(tl.float32)"
     yield "x = tl.reshape(x, [ROWS * B // E, E])"

@@ -12,11 +12,14 @@ import torch
 from .algebra import linear_gen
 from .spec import FormatSpec
 
+MOST = 256
+"""Channels that are turned together at most."""
+
 
 def turned_together(spec: FormatSpec, dim: int) -> int:
-    """How many neighbouring ones of ``dim`` channels are turned together: the largest power of two that divides ``dim``, 1 (none)
-    where the codes' values do not have even steps."""
-    return dim & -dim if linear_gen(spec) is not None else 1
+    """How many neighbouring ones of ``dim`` channels are turned together: the largest power of two up to :data:`MOST` that
+    divides ``dim``; 1 (none) where the codes' values do not have even steps."""
+    return min(dim & -dim, MOST) if linear_gen(spec) is not None else 1
 
 
 def turned(spec: FormatSpec, x: torch.Tensor) -> torch.Tensor:
