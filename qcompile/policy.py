@@ -108,7 +108,7 @@ class Policy:
         try:
             content = json.loads(text)
             rules = [
-                Rule(r["pattern"], _kept(r["scheme"]), r.get("when", ALWAYS), _kept(r.get("tokens")))
+                Rule(r["pattern"], _kept(r["scheme"]), r.get("when", ALWAYS), tokens=_kept(r.get("tokens")))
                 for r in content["rules"]
             ]
             return Policy(content["name"], rules, content["explicit"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -34,7 +34,7 @@ class Rule:
     pattern: str
     scheme: Scheme | None
     when: str = ALWAYS
-    tokens: Scheme | None = None
+    tokens: Scheme | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.when not in CONDITIONS:
