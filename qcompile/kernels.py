@@ -89,7 +89,8 @@ class AttentionKernels(Protocol):
         self, key_planes: Sequence[torch.Tensor], value_planes: Sequence[torch.Tensor], k: torch.Tensor, v: torch.Tensor,
         start: torch.Tensor, table: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Quantizes ``k [B, H, L, D]`` and ``v [B, H, L, Dv]`` into the planes as tokens ``start[b]`` … of sequence b."""
+        """Quantizes ``k [B, H, L, D]`` and ``v [B, H, L, Dv]`` into the planes as tokens ``start[b]`` … of sequence b, channels
+        turned as :func:`~qcompile.formats.turning.turned_together` says."""
 
     def attend(
         self, q: torch.Tensor, key_planes: Sequence[torch.Tensor], value_planes: Sequence[torch.Tensor], start: torch.Tensor,

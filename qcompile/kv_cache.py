@@ -6,7 +6,7 @@ A page of a cache is, for every head, a weight whose rows are tokens: the stored
 Keys of many models lie far from zero, by a vector that all tokens have in common: a quantizer spends its codes on that, and what
 tells tokens apart is lost. Attention does not ask for it, since what is added to all scores of a query leaves their softmax as it
 is. So keys are stored without the mean of the first ones (K smoothing: SageAttention, arXiv:2410.02367); it is added again only
-where scores are capped.
+where scores are capped. Formats with even steps hold keys and values with their channels turned (:mod:`.formats.turning`).
 """
 
 from __future__ import annotations
