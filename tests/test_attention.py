@@ -155,14 +155,15 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("isa", ["avx2", "generic"])
-def test_other_instruction_sets(isa: str) -> None:
+@pytest.mark.parametrize("dim", [72, 128])
+def test_other_instruction_sets(isa: str, dim: int) -> None:
     torch.manual_seed(0)
-    k, v, q = torch.randn(1, 2, 50, 72), torch.randn(1, 2, 50, 72), torch.randn(1, 6, 3, 72)
+    k, v, q = torch.randn(1, 2, 50, dim), torch.randn(1, 2, 50, dim), torch.randn(1, 6, 3, dim)
     kernels = CpuAttention(scheme("int4_g32"), scheme("fp8_e4m3"), isa)
-    planes = [pages(get(f), 1, 2, 64, 72, torch.device("cpu")) for f in ("int4_g32", "fp8_e4m3")]
+    planes = [pages(get(f), 1, 2, 64, dim, torch.device("cpu")) for f in ("int4_g32", "fp8_e4m3")]
     kernels.write(*planes, k, v, torch.tensor([0]))
-    wide = decoded("int4_g32", planes[0], 72)[:, :, :50], decoded("fp8_e4m3", planes[1], 72)[:, :, :50]
-    out = kernels.attend(q, *planes, torch.tensor([47]), 50, 72)
+    wide = decoded("int4_g32", planes[0], dim)[:, :, :50], decoded("fp8_e4m3", planes[1], dim)[:, :, :50]
+    out = kernels.attend(q, *planes, torch.tensor([47]), 50, dim)
     assert relative(out, reference(q, *wide, torch.tensor([47]))) <= ROUNDING[torch.float32]
 
 
