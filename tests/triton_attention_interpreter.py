@@ -324,7 +324,7 @@ def emulated(kind: str) -> Iterator[Case]:
     sums = torch.einsum("bhlcn,bhcnd->bhld", rounded(p * most) / most * weights, coded(values.unflatten(2, (3, 32)), (3, 4)))
     want = sums / (p * weights).sum((3, 4))[..., None] @ turn.double() + v.mean(2, keepdim=True)
     got = triton_prefill(kind).prefill(query, k, v, causal=False, tile=AttendTile(False, 32, 2, 4, 2))
-    yield f"{kind} as it is meant", float((got.double() - want).norm() / want.norm()), 5e-4
+    yield f"{kind} as it is meant", float((got.double() - want).norm() / want.norm()), 1e-4 if kind == "fp8" else 5e-4
 
 
 def run(check: str, found: Iterator[Case]) -> None:
