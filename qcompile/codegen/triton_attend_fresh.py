@@ -4,9 +4,9 @@
 keys lose their mean over the tokens, which moves all scores of a query alike and so no probability (unless scores are capped);
 values in 8 bits lose theirs too, and it is added to the result, since probabilities sum to one. For int8, channels are then
 turned together (:mod:`qcompile.formats.turning`): of queries and keys alike; of values, and of the result back.
-Queries and keys have a scale per row, values one per block of tokens. Every block's P·V in 8 bits is a sum of its own, added
-in float32, since wgmma adds e4m3 with about 14 bits; its probabilities are relative to the block's own largest, since int8
-has no small ones.
+Queries and keys have a scale per row, and where scores are all that int8 costs, a zero point, which makes steps 7 to 12 %
+smaller; values have a scale per block of tokens. Every block's P·V in 8 bits is a sum of its own, added in float32, since wgmma
+adds e4m3 with about 14 bits; its probabilities are relative to the block's own largest, since int8 has no small ones.
 """
 
 from __future__ import annotations
@@ -22,13 +22,20 @@ from .triton_attend import Axes, masked, softmax
 
 @dataclass(frozen=True)
 class Kind:
-    """The codes ("fp8": e4m3, "int8") that Q·Kᵀ and P·V are computed in; "" is 16 bits."""
+    """The codes ("fp8": e4m3, "int8") that Q·Kᵀ and P·V are computed in; "" is 16 bits. ``shifted``: rows of queries and keys
+    have zero points."""
 
     scores: str
     product: str
+    shifted: bool = False
+
+    @property
+    def terms(self) -> int:
+        """Numbers that a key has beside its codes: its scale; its zero point and the sum of its channels."""
+        return 3 if self.shifted else 1
 
 
-KINDS = {"fp8": Kind("fp8", "fp8"), "int8": Kind("int8", ""), "int8_both": Kind("int8", "int8")}
+KINDS = {"fp8": Kind("fp8", "fp8"), "int8": Kind("int8", "", shifted=True), "int8_both": Kind("int8", "int8")}
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 LIKELIEST = {"fp8": 256.0, "int8": 127.0, "": 0.0}
 """A block's largest probability in units of its codes: with 2^8, normal numbers of e4m3 reach down to 2^-14 of it. 0: in 16
@@ -61,10 +68,11 @@ def sums(name: str) -> str:
 
 
 def quantize(kind: str, name: str) -> str:
-    """Codes [TP, BK] and scales [TP] of a head's keys; for P·V in 8 bits codes [BV, TP] of its values (tokens side by side, as
-    the matrix unit wants its right operand), one scale for a block, and their mean [DV]. Grid: blocks of BT tokens, heads."""
+    """Codes [TP, BK] and terms [:attr:`Kind.terms`, TP] of a head's keys; for P·V in 8 bits codes [BV, TP] of its values (tokens
+    side by side, as the matrix unit wants its right operand), one scale for a block, and their mean [DV]. Grid: blocks of BT
+    tokens, heads."""
     scores, product = KINDS[kind].scores, KINDS[kind].product
-    arguments = ("k_ptr, v_ptr, k_sums_ptr, v_sums_ptr, k_codes, k_scales, v_codes, v_scales, means_ptr, T, TP, HEADS, "
+    arguments = ("k_ptr, v_ptr, k_sums_ptr, v_sums_ptr, k_codes, k_terms, v_codes, v_scales, means_ptr, T, TP, HEADS, "
                  "k_b, k_h, k_t, v_b, v_h, v_t, chunks, " + text.constexprs("D", "DV", "BK", "BV", "BT", "SMOOTH",
                                                                             "DOT"))  # fmt: skip
     body = [
@@ -78,9 +86,10 @@ def quantize(kind: str, name: str) -> str:
         *text.indented(_mean("k", "D", "BK"), 1),
         "    x = tl.where(inside[:, None], x - mean[None, :], 0.0)",
         *_turned(scores, "BT", "BK"),
-        "top = tl.max(tl.abs(x), 1)",
-        f"x = x * tl.where(top > 0.0, {LARGEST[scores]} / top, 0.0)[:, None]",
-        f"tl.store(k_scales + place * TP + token, top * {1 / LARGEST[scores]!r})",
+        *_scaled(KINDS[kind]),
+        f"to = k_terms + place * {KINDS[kind].terms} * TP + token",
+        f"tl.store(to, top * {1 / LARGEST[scores]!r})",
+        *(("tl.store(to + TP, middle)", "tl.store(to + 2 * TP, whole)") if KINDS[kind].shifted else ()),
         f"tl.store(k_codes + (place * TP + token)[:, None] * BK + d[None, :], {_rounded(scores, _placed('x', 'BT', 'BK'))})",
         *(_values(product) if product else ()),
     ]
@@ -97,6 +106,19 @@ def _turned(codes: str, rows: str, block: str, zero: str = "0") -> Iterator[str]
     """``x`` [rows, block], its channels (padding too) turned, or turned back, if ``codes`` are int8."""
     if codes == "int8":
         yield f"x = turn(x, {zero}, {rows}, {block}, {block} if {block} < {MOST} else {MOST}, DOT, 1)"
+
+
+def _scaled(kind: Kind) -> Iterator[str]:
+    """``x`` in units of its rows' codes; ``top``, what the largest code stands for. If shifted, that is half of a row's range,
+    whose ``middle`` is its zero point; ``whole`` is the sum of a row."""
+    if kind.shifted:
+        yield "high, low, whole = tl.max(x, 1), tl.min(x, 1), tl.sum(x, 1)"
+        yield "middle = (high + low) * 0.5"
+        yield "top = (high - low) * 0.5"
+        yield "x = x - middle[:, None]"
+    else:
+        yield "top = tl.max(tl.abs(x), 1)"
+    yield f"x = x * tl.where(top > 0.0, {LARGEST[kind.scores]} / top, 0.0)[:, None]"
 
 
 def _mean(side: str, real: str, block: str) -> Iterator[str]:
@@ -134,18 +156,18 @@ def _values(codes: str) -> Iterator[str]:
 
 def fresh(kind: str, name: str) -> str:
     """out = softmax(scores)·V. Grid: blocks of BM queries, sequences times query heads (GROUP of them to a key-value head)."""
-    arguments = ("q_ptr, k_codes, k_scales, v_ptr, v_codes, v_scales, means_ptr, mask_ptr, out_ptr, L, T, TP, HEADS, start, "
+    arguments = ("q_ptr, k_codes, k_terms, v_ptr, v_codes, v_scales, means_ptr, mask_ptr, out_ptr, L, T, TP, HEADS, start, "
                  "q_b, q_h, q_l, v_b, v_h, v_t, mask_b, mask_h, mask_l, mask_t, mask_tokens, factor, cap, window, "
                  + text.constexprs("D", "DV", "BK", "BV", "GROUP", "BM", "BN", "STAGES", "CAUSAL", "MASK", "CAPPED", "WINDOW",
                                    "DOT"))  # fmt: skip
-    axes, scores, product = Axes(False), KINDS[kind].scores, KINDS[kind].product
+    axes, product = Axes(False), KINDS[kind].product
     body = [
-        *_queries(scores), *_range(),
+        *_queries(KINDS[kind]), *_range(),
         "acc = tl.zeros([BM, BV], tl.float32)",
         'most = tl.full([BM], float("-inf"), tl.float32)',
         "total = tl.zeros([BM], tl.float32)",
         "for step in tl.range(begin, end, num_stages=STAGES):",
-        *text.indented([*_scores(scores), *masked(axes), *softmax(axes, LIKELIEST[product]), *_product(product)], 1),
+        *text.indented([*_scores(KINDS[kind]), *masked(axes), *softmax(axes, LIKELIEST[product]), *_product(product)], 1),
         "x = acc * tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]",
         *(_restored(product) if product else ()),
         "to = out_ptr + ((sequence * HEADS * GROUP + query_head) * L + m)[:, None] * DV + channel[None, :]",
@@ -154,8 +176,9 @@ def fresh(kind: str, name: str) -> str:
     return text.kernel(name, arguments, body)
 
 
-def _queries(codes: str) -> Iterator[str]:
-    """``q`` [BM, BK] as codes and ``q_factor`` [BM], its scale times that of scores."""
+def _queries(kind: Kind) -> Iterator[str]:
+    """``q`` [BM, BK] as codes and ``q_factor`` [BM], its scale times that of scores; if shifted, what zero points and sums of
+    keys are multiplied by."""
     yield "sequence = (tl.program_id(1) // (HEADS * GROUP)).to(tl.int64)"
     yield "query_head = (tl.program_id(1) % (HEADS * GROUP)).to(tl.int64)"
     yield "place = sequence * HEADS + query_head // GROUP"
@@ -167,11 +190,13 @@ def _queries(codes: str) -> Iterator[str]:
     yield "channel = tl.arange(0, BV)"
     yield "from_q = q_ptr + sequence * q_b + query_head * q_h + query.to(tl.int64)[:, None] * q_l + d[None, :]"
     yield "x = tl.load(from_q, mask=(d < D)[None, :], other=0.0).to(tl.float32)"
-    yield from _turned(codes, "BM", "BK")
-    yield "top = tl.max(tl.abs(x), 1)"
-    yield f"x = x * tl.where(top > 0.0, {LARGEST[codes]} / top, 0.0)[:, None]"
-    yield f"q = {_rounded(codes, _placed('x', 'BM', 'BK'))}"
-    yield f"q_factor = top * (factor * {1 / LARGEST[codes]!r})"
+    yield from _turned(kind.scores, "BM", "BK")
+    yield from _scaled(kind)
+    yield f"q = {_rounded(kind.scores, _placed('x', 'BM', 'BK'))}"
+    yield f"q_factor = top * (factor * {1 / LARGEST[kind.scores]!r})"
+    if kind.shifted:
+        yield "of_middles = (whole - BK * middle) * factor"
+        yield "of_sums = middle * factor"
     yield "mask_at = sequence * mask_b + query_head * mask_h + query.to(tl.int64) * mask_l"
 
 
@@ -185,12 +210,15 @@ def _range() -> Iterator[str]:
     yield "end = tl.maximum((high + BN - 1) // BN, begin)"
 
 
-def _scores(codes: str) -> Iterator[str]:
+def _scores(kind: Kind) -> Iterator[str]:
+    """``s`` [BM, BN]: scores in base 2, or what their cap is taken of. Of rows q = a·x + b and k = c·y + d with codes x and y,
+    the product is ac·Σxy + d·(Σq − b·BK) + b·Σk."""
     yield "token = step * BN + tl.arange(0, BN)"
     yield "kept = token < high"
     yield "k = tl.load(k_codes + (place * TP + token)[:, None] * BK + d[None, :])"
-    yield "k_scale = tl.load(k_scales + place * TP + token)"
-    if codes == "fp8":
+    yield f"from_terms = k_terms + place * {kind.terms} * TP + token"
+    yield "k_scale = tl.load(from_terms)"
+    if kind.scores == "fp8":
         yield "s = tl.dot(q, tl.trans(k)) * q_factor[:, None]"
     else:
         yield f"if BK <= {WIDEST}:"
@@ -198,7 +226,12 @@ def _scores(codes: str) -> Iterator[str]:
         yield f"    s = s * q_factor[:, None] - (q_factor * {ROUND})[:, None]"
         yield "else:"
         yield "    s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32) * q_factor[:, None]"
-    yield "s = s * k_scale[None, :]"
+    if kind.shifted:
+        yield "k_middle = tl.load(from_terms + TP)"
+        yield "k_sum = tl.load(from_terms + 2 * TP)"
+        yield "s = s * k_scale[None, :] + (of_middles[:, None] * k_middle[None, :] + of_sums[:, None] * k_sum[None, :])"
+    else:
+        yield "s = s * k_scale[None, :]"
 
 
 def _summed(a: str, b: str, shape: str) -> str:

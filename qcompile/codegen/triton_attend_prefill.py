@@ -100,10 +100,11 @@ class TritonPrefill:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Keys and values as products take them: codes and scales by key-value head; the means of values."""
+    """Keys and values as products take them: codes and scales by key-value head (keys as
+    :func:`.triton_attend_fresh.quantize` stores them); the means of values."""
 
     k_codes: torch.Tensor
-    k_scales: torch.Tensor
+    k_terms: torch.Tensor
     v_codes: torch.Tensor | None
     v_scales: torch.Tensor | None
     means: torch.Tensor | None
@@ -128,7 +129,7 @@ class Prefill:
         heads, tokens = self.k.shape[1:3]
         scratch = self._quantized(smooth=softcap == 0.0)
         self.kernels.kernel(self.variant, "fresh")[(ceil(q.shape[2], tile.queries), q.shape[0] * q.shape[1])](
-            q, scratch.k_codes, scratch.k_scales, v, scratch.v_codes, scratch.v_scales, scratch.means, mask.tensor, out,
+            q, scratch.k_codes, scratch.k_terms, v, scratch.v_codes, scratch.v_scales, scratch.means, mask.tensor, out,
             q.shape[2], tokens, self._stored, heads, start, *q.stride()[:3], *v.stride()[:3], *mask.strides, mask.tokens,
             scale / softcap if softcap else scale * LOG2E, softcap * LOG2E, window, D=q.shape[3], DV=v.shape[3],
             BK=self._width(q), BV=self._width(v), GROUP=q.shape[1] // heads, BM=tile.queries, BN=tile.tokens,
@@ -169,12 +170,12 @@ class Prefill:
             return torch.empty(count, *shape, dtype=dtype, device=k.device)
 
         scratch = Scratch(
-            made(stored, self._width(k), dtype=CODES[kind.scores]), made(stored),
+            made(stored, self._width(k), dtype=CODES[kind.scores]), made(kind.terms, stored),
             made(self._width(v), stored, dtype=CODES[kind.product]) if eight else None,
             made(stored // self.tile.tokens) if eight else None, made(v.shape[3]) if eight else None,
         )  # fmt: skip
         self.kernels.kernel(self.variant, "quantize")[(stored // self.tile.tokens, count)](
-            k, v, self._sums(k) if smooth else None, self._sums(v) if eight else None, scratch.k_codes, scratch.k_scales,
+            k, v, self._sums(k) if smooth else None, self._sums(v) if eight else None, scratch.k_codes, scratch.k_terms,
             scratch.v_codes, scratch.v_scales, scratch.means, k.shape[2], stored, k.shape[1], *k.stride()[:3], *v.stride()[:3],
             ceil(max(k.shape[2], 1), CHUNK), D=k.shape[3], DV=v.shape[3], BK=self._width(k), BV=self._width(v),
             BT=self.tile.tokens, SMOOTH=smooth, DOT=self._operand, num_warps=8, enable_fp_fusion=True,
