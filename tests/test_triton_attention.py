@@ -40,7 +40,7 @@ def shown(reports: Report) -> str:
     return "\n".join(map(str, reports))
 
 
-@pytest.mark.parametrize("check", ["correction", "write", "attend", "prefill", "emulation"])
+@pytest.mark.parametrize("check", ["correction", "write", "attend", "prefill", "emulation", "sums"])
 def test_interpreted_kernels_match_float64(programs: dict[str, Report], check: str) -> None:
     done = [r for r in programs["interpreter"] if r["check"] == check]
     assert done

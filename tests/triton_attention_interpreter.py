@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton_attention_sums as sums
 import triton_corrections as corrections
 from triton_attention_reference import (
     Case,
@@ -363,6 +364,7 @@ def main() -> None:
             run(check, function(kind))
     for kind in KINDS:
         run("prefill", drawn(kind))
+    run("sums", sums.summed())
 
 
 if __name__ == "__main__":
