@@ -19,7 +19,7 @@ LAYERS = 2
 POLICIES: dict[str, Any] = {
     "int8": "int8", "int4": "int4", "fp8": "fp8", "nf4": "nf4", "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_K": "Q4_K",
     "int8_dynamic": "int8_dynamic", "int4_dynamic": "int4_dynamic",
-    "Q4_K, int8 activations": {"*": Scheme(get("Q4_K"), "int8")},
+    **{f"{name}, int8 activations": {"*": Scheme(get(name), "int8")} for name in ("Q8_0", "Q4_0", "Q4_K")},
 }  # fmt: skip
 ROUNDS = {1: 31, 256: 9}
 """Rounds for each number of tokens; in each round every candidate runs once."""
