@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+import triton.runtime.interpreter as interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton_corrections import Case
 
 from qcompile.codegen.triton_attend_prefill import TritonPrefill, source
@@ -30,8 +31,7 @@ ONE_LEVEL = "acc = tl.dot(p, tl.trans(v), acc * (alpha / beta)[:, None]) * beta[
 
 def aligned(terms: np.ndarray) -> np.ndarray:
     """Σ over the first axis of ``terms``, each cut to :data:`BITS` bits of the largest of its sum."""
-    with np.errstate(divide="ignore"):
-        exponents = np.frexp(np.abs(terms).max(0))[1]
+    exponents = np.frexp(np.abs(terms).max(0))[1]
     return np.ldexp(np.trunc(np.ldexp(terms, BITS - exponents)).sum(0), exponents - BITS)
 
 
@@ -43,7 +43,8 @@ def few_bits() -> Iterator[None]:
     def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         if a.dtype != tl.float8e4nv:
             return exact(self, a, b, d, *options)
-        left, right = (_convert_float(x.data, x.dtype, tl.float32, None).view(np.float32).astype(float) for x in (a, b))
+        wide = [interpreter._convert_float(x.data, x.dtype, tl.float32, None).view(np.float32) for x in (a, b)]
+        left, right = (x.astype(float) for x in wide)
         total = d.data.astype(float)
         for k in range(0, left.shape[1], STEP):
             products = left[:, k : k + STEP].T[:, :, None] * right[k : k + STEP][:, None, :]
