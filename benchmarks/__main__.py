@@ -12,8 +12,9 @@ from rich.table import Table
 from .machine import RESULTS, save
 from .plots import draw
 
-QUESTIONS = ("linear", "formats", "attention", "caches", "model", "source", "kernels", "overhead", "startup", "memory",
-             "accuracy", "calibration", "reconstruction", "search", "load", "qat", "adapters", "experts", "together")  # fmt: skip
+QUESTIONS = ("linear", "formats", "attention", "caches", "model", "decode", "source", "kernels", "overhead", "startup",
+             "memory", "accuracy", "calibration", "reconstruction", "search", "load", "qat", "adapters", "experts",
+             "together")  # fmt: skip
 
 app = typer.Typer(add_completion=False)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qcompile.evaluation import parameter_bytes
 from qcompile.formats import Scheme, get
 
 from . import peers
@@ -33,35 +34,38 @@ def run() -> list[dict[str, Any]]:
     torch._dynamo.config.recompile_limit = 64  # one entry for each policy and number of tokens
     floats = llama_layers(LAYERS)
     models: dict[str, peers.Model] = {"bf16": peers.compiled(floats)}
-    ours = {}
+    packed = {}
     for name, policy in POLICIES.items():
-        ours[name] = copy.deepcopy(floats)
-        models[name] = _ours(ours[name], policy)
+        packed[name] = copy.deepcopy(floats)
+        models[name] = ours(packed[name], policy)
     others = (peers.of_torch(floats), peers.of_torchao(floats), peers.of_llama_cpp(floats, torch.get_num_threads()))
     models |= dict(itertools.chain(*others))
     rows = []
     with torch.no_grad():
         for tokens, rounds in ROUNDS.items():
-            times = _interleaved(models, torch.randint(0, 256, (1, tokens)), rounds)
+            times = interleaved(models, torch.randint(0, 256, (1, tokens)), rounds)
             for name, own in times.items():
-                ratios = [a / b for a, b in zip(times["bf16"], own, strict=True)]
-                low, _, high = statistics.quantiles(ratios, n=4)
-                row = {"tokens": tokens, "policy": name, "ms": 1e3 * statistics.median(own), "ratio": statistics.median(ratios),
-                       "low": low, "high": high}  # fmt: skip
-                rows.append(row | ({"bytes": _bytes(ours[name]) / _bytes(floats)} if name in ours else {}))
+                row = {"tokens": tokens, "policy": name, "ms": 1e3 * statistics.median(own)} | spread(times["bf16"], own)
+                if name in packed:
+                    row["bytes"] = parameter_bytes(packed[name]) / parameter_bytes(floats)
+                rows.append(row)
     return rows
 
 
-def _ours(model: torch.nn.Module, policy: Any) -> peers.Model:
+def spread(base: list[float], own: list[float]) -> dict[str, float]:
+    """Median and quartiles of what ``base`` took over what ``own`` took in the same round."""
+    low, middle, high = statistics.quantiles((a / b for a, b in zip(base, own, strict=True)), n=4)
+    return {"ratio": middle, "low": low, "high": high}
+
+
+def ours(model: torch.nn.Module, policy: Any) -> peers.Model:
+    """``model`` under ``policy``, without a cache of keys and values."""
     run = torch.compile(model, backend="qcompile", options={"policy": policy}, dynamic=False)
     return lambda ids: run(ids, use_cache=False)
 
 
-def _bytes(model: torch.nn.Module) -> int:
-    return sum(getattr(p, "packed_nbytes", p.nbytes) for p in model.parameters())
-
-
-def _interleaved(models: dict[str, peers.Model], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+def interleaved(models: dict[str, peers.Model], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every model in each of ``rounds`` rounds."""
     for model in models.values():  # compile, then warm
         model(ids), model(ids)
     times: dict[str, list[float]] = {name: [] for name in models}
