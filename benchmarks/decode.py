@@ -1,7 +1,7 @@
 """How fast is one token through many layers? Eight of Llama-3-8B's shape in GGUF's formats, beside llama.cpp's own.
 
-A model of two layers, as in the benchmark ``model``, spends a tenth of a token before its first and behind its last; one of
-32 does not. Activations are quantized to int8 under names that end in ``_dynamic``, as llama.cpp does in all of its products.
+A model of two layers, as in the benchmark ``model``, spends more of a token outside of layers than one of 32 does. Activations
+are quantized to int8 under names that end in ``_dynamic``, as llama.cpp does in all of its products.
 What the memory gives is read in every round too: virtual machines get more or less of it from one minute to the next.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from qcompile.evaluation import parameter_bytes
 from qcompile.formats import huge_pages
 
-from . import peers
+from . import peers, readme
 from .model import interleaved, ours, spread
 from .shapes import llama_layers
 
@@ -56,3 +57,21 @@ def run() -> list[dict[str, Any]]:
             row["over llama.cpp"] = statistics.median(a / b for a, b in zip(theirs, own, strict=True))
         rows.append(row)
     return rows
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """README's table of ``rows``."""
+    lines = ["| | ms | over bf16 | GB/s | over llama.cpp, same format |", "|---|---|---|---|---|"]
+    for row in rows:
+        read = row["policy"] == "plain read"
+        rate = f"{row['GB/s']:.0f}" if "GB/s" in row else ""
+        ratio = "" if read else f"{row['ratio']:.2f}×"
+        theirs = f"{row['over llama.cpp']:.2f}×" if "over llama.cpp" in row else ""
+        name = f"qcompile {row['policy']}" if "bytes" in row and not read else row["policy"]
+        lines.append(f"| {name} | {row['ms']:.1f} | {ratio} | {rate} | {theirs} |")
+    return "\n".join(lines) + "\n"
+
+
+def publish(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Puts the table of ``rows`` into README."""
+    readme.put("decode", table(rows))

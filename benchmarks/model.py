@@ -6,6 +6,7 @@ import copy
 import itertools
 import statistics
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from qcompile.evaluation import parameter_bytes
 from qcompile.formats import Scheme, get
 
-from . import peers
+from . import peers, readme
 from .shapes import llama_layers
 
 LAYERS = 2
@@ -75,3 +76,20 @@ def interleaved(models: dict[str, peers.Model], ids: torch.Tensor, rounds: int) 
             model(ids)
             times[name].append(time.perf_counter() - start)
     return times
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """README's table of ``rows``: how many times as fast as bf16."""
+    found = {(row["tokens"], row["policy"]): row for row in rows}
+    lines = ["| | bytes | one token | a prompt of 256 |", "|---|---|---|---|"]
+    for tokens, name in found:
+        if tokens == 1 and name != "bf16":
+            one, many = found[1, name], found[256, name]
+            label, size = (f"qcompile {name}", f"{one['bytes']:.2f}") if "bytes" in one else (name, "")
+            lines.append(f"| {label} | {size} | {one['ratio']:.2f}× | {many['ratio']:.2f}× |")
+    return "\n".join(lines) + "\n"
+
+
+def publish(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Puts the table of ``rows`` into README."""
+    readme.put("model", table(rows))

@@ -6,12 +6,12 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import accuracy, caches, readme
+from benchmarks import accuracy, caches, decode, model, readme
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("question", [accuracy, caches], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("question", [accuracy, caches, decode, model], ids=lambda module: module.__name__)
 def test_tables_are_those_of_the_results(question: ModuleType) -> None:
     name = question.__name__.removeprefix("benchmarks.")
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
