@@ -1,10 +1,11 @@
 """What do packed keys and values do to a model? The trained decoder on held-out text, through caches and through attention in low
 precision; and the tokens that it writes by itself.
 
-Of two models that write greedily, each goes on from its own tokens: where one finds another token likeliest, all that follows
-differs. The trained decoder is so unsure of its words that bfloat16 in place of float32 changes a fifth of them, so that what a
-cache adds cannot be told. So it also learns a passage by heart, and goes on from beginnings of it: as sure as large models are of
-what they write. ``likeliest`` is the probability that the float model gives its own tokens.
+Models write greedily with ``generate``. ``agreement`` counts the tokens that a packed cache changes while the text so far is that
+of the float cache; ``same text`` goes on from its own tokens instead, so that all that follows a changed token differs. By that,
+the trained decoder is so unsure of its words that bfloat16 in place of float32 alone changes a fifth of its text. So it also learns
+a passage by heart, and goes on from beginnings of it: as sure as large models are of what they write. ``likeliest`` is the
+probability that the float model gives its own tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import training
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from qcompile.hf_cache import packed_, switch_
 
@@ -36,6 +37,7 @@ PASSAGE, STEPS = 40_000, 600
 PROMPTS, PROMPT, NEW = 64, 32, 64
 """Beginnings, their tokens, and how many follow."""
 HELD_OUT, UNSURE, BY_HEART = "held-out text", "writes on from held-out text", "writes on by heart"
+ROUNDING = "bfloat16 for float32"
 
 
 def _cached(model: LlamaForCausalLM, rows: torch.Tensor, formats: Any) -> torch.Tensor:
@@ -73,25 +75,47 @@ def _held_out(model: LlamaForCausalLM, ids: torch.Tensor) -> list[dict[str, Any]
              "agreement": float((own.argmax(-1) == exact.argmax(-1)).float().mean())} for way, own in ways.items()]  # fmt: skip
 
 
-def _written(model: Any, prompts: torch.Tensor) -> torch.Tensor:
+class Retelling(LogitsProcessor):
+    """Has a model write ``text`` [B, NEW] after prompts, and keeps the token that it would have written ``instead`` at each place."""
+
+    def __init__(self, text: torch.Tensor) -> None:
+        self.text, self.instead = text, torch.empty_like(text)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        place = input_ids.shape[1] - PROMPT
+        self.instead[:, place] = scores.argmax(-1)
+        return torch.full_like(scores, -math.inf).scatter_(1, self.text[:, place, None], 0.0)
+
+
+def _written(model: Any, prompts: torch.Tensor, *processors: LogitsProcessor) -> torch.Tensor:
     ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=NEW,
-                         min_new_tokens=NEW, pad_token_id=0)  # fmt: skip
+                         min_new_tokens=NEW, pad_token_id=0, logits_processor=LogitsProcessorList(processors))  # fmt: skip
     return ids[:, PROMPT:]
 
 
+def _compared(model: Any, prompts: torch.Tensor, text: torch.Tensor) -> tuple[float, float]:
+    """Parts of ``text`` that ``model`` writes too: token by token with all before it given, and by itself."""
+    retelling = Retelling(text)
+    assert torch.equal(_written(model, prompts, retelling), text)
+    return float((retelling.instead == text).float().mean()), float((_written(model, prompts) == text).float().mean())
+
+
 def _greedy(text: str, model: LlamaForCausalLM, ids: torch.Tensor) -> list[dict[str, Any]]:
-    """``agreement``: part of the tokens that are those of the same model with a float cache; in bfloat16, and in float32."""
+    """Against the same model with a float cache; in bfloat16, and in float32."""
     starts = torch.linspace(0, len(ids) - PROMPT - NEW - 1, PROMPTS).long()
     prompts = ids[starts[:, None] + torch.arange(PROMPT)]
-    models = {"bf16": copy.deepcopy(model).bfloat16(), "fp32": model}
+    models = {"": copy.deepcopy(model).bfloat16(), ", float32": model}
     exact = {dtype: _written(copy.deepcopy(own), prompts) for dtype, own in models.items()}
-    logits = model(torch.cat([prompts, exact["fp32"]], 1)).logits[:, PROMPT - 1 : -1]
-    rows = [{"text": text, "way": "bfloat16 for float32", "likeliest": float(logits.softmax(-1).amax(-1).mean()),
-             "agreement": float((exact["bf16"] == exact["fp32"]).float().mean())}]  # fmt: skip
+    logits = model(torch.cat([prompts, exact[", float32"]], 1)).logits[:, PROMPT - 1 : -1]
+    agreement, same = _compared(models[""], prompts, exact[", float32"])
+    rows = [{"text": text, "way": ROUNDING, "likeliest": float(logits.softmax(-1).amax(-1).mean()),
+             "agreement": agreement, "same text": same}]  # fmt: skip
     for name, formats in FORMATS.items():
-        found = {dtype: _written(switch_(copy.deepcopy(own), formats), prompts) for dtype, own in models.items()}
-        same = {dtype: float((found[dtype] == exact[dtype]).float().mean()) for dtype in models}
-        rows.append({"text": text, "way": f"cache {name}", "agreement": same["bf16"], "agreement, float32": same["fp32"]})
+        row: dict[str, Any] = {"text": text, "way": f"cache {name}"}
+        for dtype, own in models.items():
+            agreement, same = _compared(switch_(copy.deepcopy(own), formats), prompts, exact[dtype])
+            row |= {f"agreement{dtype}": agreement, f"same text{dtype}": same}
+        rows.append(row)
     return rows
 
 
@@ -112,12 +136,17 @@ def run() -> list[dict[str, Any]]:
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """README's table of the caches."""
     found = {(row["text"], row["way"]): row for row in rows}
-    lines = ["| cache | bytes, heads of 128 | perplexity | KL, nats | same token likeliest | same text, by heart |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+
+    def written(way: str) -> str:
+        free, heart = found[UNSURE, way], found[BY_HEART, way]
+        return f"{100 * free['agreement']:.1f} % | {100 * heart['same text']:.1f} % |"
+
+    lines = ["| cache | bytes, heads of 128 | perplexity | KL, nats | same token written | same text, by heart |",
+             "|---|---|---|---|---|---|", f"| float, bf16 beside float32 | 1.000 | | | {written(ROUNDING)}"]  # fmt: skip
     for name in FORMATS:
-        held, heart = (found[text, f"cache {name}"] for text in (HELD_OUT, BY_HEART))
+        held = found[HELD_OUT, f"cache {name}"]
         lines.append(f"| {name} | {bytes_over_bf16(name, 8192):.3f} | {100 * held['over float']:+.2f} % | {held['KL']:.4f} | "
-                     f"{100 * held['agreement']:.1f} % | {100 * heart['agreement']:.1f} % |")  # fmt: skip
+                     f"{written(f'cache {name}')}")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

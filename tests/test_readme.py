@@ -18,13 +18,6 @@ def test_tables_are_those_of_the_results(question: ModuleType) -> None:
     assert readme.block(name, question.table(rows)) in readme.README.read_text(encoding="utf-8")
 
 
-def test_what_bfloat16_alone_changes_is_what_the_results_say() -> None:
-    rows = json.loads((RESULTS / "caches.json").read_text())["rows"]
-    (row,) = (r for r in rows if (r["text"], r["way"]) == (caches.BY_HEART, "bfloat16 for float32"))
-    said = " ".join(readme.README.read_text(encoding="utf-8").split())
-    assert f"where bf16 in place of float32 leaves {100 * row['agreement']:.1f} %:" in said
-
-
 def test_the_second_start_is_as_fast_as_the_results_say() -> None:
     rows = json.loads((RESULTS / "startup.json").read_text())["rows"]
     ours = [r for r in rows if r["process"] == "second" and r["policy"] != "bf16"]

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import KernelBuildError
 from ..target import Target
+from . import triton_attend_codes as codes
 from . import triton_attend_fresh as text
 from .kept import kept_source
 from .triton_attend_launch import LOG2E, Mask, power_of_two, target_of
@@ -35,16 +36,17 @@ CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 @functools.cache
 def triton_prefill(kind: str) -> TritonPrefill:
     """The kernels of ``kind`` "fp8", "int8" or "int8_both". Raises :class:`~qcompile.errors.KernelBuildError` for another."""
-    if kind not in text.KINDS:
+    if kind not in codes.KINDS:
         raise KernelBuildError(f"no attention kernel computes in {kind!r}; use 'fp8', 'int8' or 'int8_both'")
     return TritonPrefill(kind)
 
 
 def source(kind: str) -> str:
-    """The text of the kernels of ``kind``, one of :data:`.triton_attend_fresh.KINDS`."""
-    kernels = [text.sums(f"sums_{kind}"), text.quantize(kind, f"quantize_{kind}"), text.fresh(kind, f"fresh_{kind}")]
+    """The text of the kernels of ``kind``, one of :data:`.triton_attend_codes.KINDS`."""
+    kernels = [codes.sums(f"sums_{kind}"), codes.quantize(kind, f"quantize_{kind}"), text.fresh(kind, f"fresh_{kind}")]
     tag = content_hash("".join(kernels))[:8]
-    return module(f"{kind} attention", [*turning(), *(k.replace(f"_{kind}(", f"_{kind}_{tag}(", 1) for k in kernels)], False)
+    parts = [*turning(), codes.in_turns(), text.halves()]
+    return module(f"{kind} attention", [*parts, *(k.replace(f"_{kind}(", f"_{kind}_{tag}(", 1) for k in kernels)], False)
 
 
 class TritonPrefill:
@@ -60,7 +62,7 @@ class TritonPrefill:
     @functools.cached_property
     def sources(self) -> dict[str, str]:
         """The text of the kernels of each variant."""
-        return {kind: kept_source("triton prefill", (kind,), functools.partial(source, kind)) for kind in text.KINDS}
+        return {kind: kept_source("triton prefill", (kind,), functools.partial(source, kind)) for kind in codes.KINDS}
 
     def module(self, variant: str) -> ModuleType:
         return load(self.sources[variant])
@@ -101,10 +103,11 @@ class TritonPrefill:
 @dataclass(frozen=True)
 class Scratch:
     """Keys and values as products take them: codes and scales by key-value head (keys as
-    :func:`.triton_attend_fresh.quantize` stores them); the means of values."""
+    :func:`.triton_attend_codes.quantize` stores them); the means of values."""
 
     k_codes: torch.Tensor
-    k_terms: torch.Tensor
+    k_scales: torch.Tensor
+    k_shifts: torch.Tensor | None
     v_codes: torch.Tensor | None
     v_scales: torch.Tensor | None
     means: torch.Tensor | None
@@ -129,12 +132,12 @@ class Prefill:
         heads, tokens = self.k.shape[1:3]
         scratch = self._quantized(smooth=softcap == 0.0)
         self.kernels.kernel(self.variant, "fresh")[(ceil(q.shape[2], tile.queries), q.shape[0] * q.shape[1])](
-            q, scratch.k_codes, scratch.k_terms, v, scratch.v_codes, scratch.v_scales, scratch.means, mask.tensor, out,
-            q.shape[2], tokens, self._stored, heads, start, *q.stride()[:3], *v.stride()[:3], *mask.strides, mask.tokens,
-            scale / softcap if softcap else scale * LOG2E, softcap * LOG2E, window, D=q.shape[3], DV=v.shape[3],
-            BK=self._width(q), BV=self._width(v), GROUP=q.shape[1] // heads, BM=tile.queries, BN=tile.tokens,
-            STAGES=tile.stages, CAUSAL=causal, MASK=mask.kind, CAPPED=softcap > 0, WINDOW=window > 0,
-            DOT=self._operand, **options(tile),
+            q, scratch.k_codes, scratch.k_scales, scratch.k_shifts, v, scratch.v_codes, scratch.v_scales, scratch.means,
+            mask.tensor, out, q.shape[2], tokens, self._stored, heads, start, *q.stride()[:3], *v.stride()[:3], *mask.strides,
+            mask.tokens, scale / softcap if softcap else scale * LOG2E, softcap * LOG2E, window, D=q.shape[3], DV=v.shape[3],
+            BK=self._width(q), BV=self._width(v), W=codes.group_of(self._width(q)), GROUP=q.shape[1] // heads,
+            BM=tile.queries, BN=tile.tokens, STAGES=tile.stages, CAUSAL=causal, MASK=mask.kind, CAPPED=softcap > 0,
+            WINDOW=window > 0, DOT=self._operand, **options(tile),
         )  # fmt: skip
 
     @property
@@ -163,21 +166,23 @@ class Prefill:
 
     def _quantized(self, smooth: bool) -> Scratch:
         k, v, count = self.k, self.v, self.k.shape[0] * self.k.shape[1]
-        kind, stored = text.KINDS[self.variant], self._stored
+        kind, stored = codes.KINDS[self.variant], self._stored
         eight = kind.product != ""
 
         def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(count, *shape, dtype=dtype, device=k.device)
 
         scratch = Scratch(
-            made(stored, self._width(k), dtype=CODES[kind.scores]), made(kind.terms, stored),
+            made(stored, self._width(k), dtype=CODES[kind.scores]), made(kind.groups(self._width(k)), stored),
+            made(stored, codes.SHIFTS) if kind.grouped else None,
             made(self._width(v), stored, dtype=CODES[kind.product]) if eight else None,
             made(stored // self.tile.tokens) if eight else None, made(v.shape[3]) if eight else None,
         )  # fmt: skip
         self.kernels.kernel(self.variant, "quantize")[(stored // self.tile.tokens, count)](
-            k, v, self._sums(k) if smooth else None, self._sums(v) if eight else None, scratch.k_codes, scratch.k_terms,
-            scratch.v_codes, scratch.v_scales, scratch.means, k.shape[2], stored, k.shape[1], *k.stride()[:3], *v.stride()[:3],
-            ceil(max(k.shape[2], 1), CHUNK), D=k.shape[3], DV=v.shape[3], BK=self._width(k), BV=self._width(v),
-            BT=self.tile.tokens, SMOOTH=smooth, DOT=self._operand, num_warps=8, enable_fp_fusion=True,
+            k, v, self._sums(k) if smooth else None, self._sums(v) if eight else None, scratch.k_codes, scratch.k_scales,
+            scratch.k_shifts, scratch.v_codes, scratch.v_scales, scratch.means, k.shape[2], stored, k.shape[1], *k.stride()[:3],
+            *v.stride()[:3], ceil(max(k.shape[2], 1), CHUNK), D=k.shape[3], DV=v.shape[3], BK=self._width(k), BV=self._width(v),
+            W=codes.group_of(self._width(k)), BT=self.tile.tokens, SMOOTH=smooth, DOT=self._operand, num_warps=8,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return scratch
