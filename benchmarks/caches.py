@@ -1,11 +1,11 @@
 """What do packed keys and values do to a model? The trained decoder on held-out text, through caches and through attention in low
 precision; and the tokens that it writes by itself.
 
-Models write greedily with ``generate``. ``agreement`` counts the tokens that a packed cache changes while the text so far is that
-of the float cache; ``same text`` goes on from its own tokens instead, so that all that follows a changed token differs. By that,
-the trained decoder is so unsure of its words that bfloat16 in place of float32 alone changes a fifth of its text. So it also learns
-a passage by heart, and goes on from beginnings of it: as sure as large models are of what they write. ``likeliest`` is the
-probability that the float model gives its own tokens.
+Models write greedily with ``generate``. ``agreement`` is the part of the float cache's tokens that a packed cache finds likeliest
+too when the text so far is given; for ``same text`` it goes on from its own tokens, so that all behind a changed one differs. The
+trained decoder is so unsure of its words that bfloat16 in place of float32 alone changes a fifth of its text in that way. So it
+also learns a passage by heart, and goes on from beginnings of it: as sure as large models are of what they write. ``likeliest``
+is the probability that the float model gives its own tokens.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _held_out(model: LlamaForCausalLM, ids: torch.Tensor) -> list[dict[str, Any]
 
 
 class Retelling(LogitsProcessor):
-    """Has a model write ``text`` [B, NEW] after prompts, and keeps the token that it would have written ``instead`` at each place."""
+    """Has a model write ``text`` [B, NEW] after prompts, and keeps what it would have written ``instead``, token by token."""
 
     def __init__(self, text: torch.Tensor) -> None:
         self.text, self.instead = text, torch.empty_like(text)
@@ -87,17 +87,18 @@ class Retelling(LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter_(1, self.text[:, place, None], 0.0)
 
 
-def _written(model: Any, prompts: torch.Tensor, *processors: LogitsProcessor) -> torch.Tensor:
+def written(model: Any, prompts: torch.Tensor, *processors: LogitsProcessor) -> torch.Tensor:
+    """NEW tokens that ``model`` writes after ``prompts`` [B, PROMPT]."""
     ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=NEW,
                          min_new_tokens=NEW, pad_token_id=0, logits_processor=LogitsProcessorList(processors))  # fmt: skip
     return ids[:, PROMPT:]
 
 
-def _compared(model: Any, prompts: torch.Tensor, text: torch.Tensor) -> tuple[float, float]:
+def compared(model: Any, prompts: torch.Tensor, text: torch.Tensor) -> tuple[float, float]:
     """Parts of ``text`` that ``model`` writes too: token by token with all before it given, and by itself."""
     retelling = Retelling(text)
-    assert torch.equal(_written(model, prompts, retelling), text)
-    return float((retelling.instead == text).float().mean()), float((_written(model, prompts) == text).float().mean())
+    assert torch.equal(written(model, prompts, retelling), text)
+    return float((retelling.instead == text).float().mean()), float((written(model, prompts) == text).float().mean())
 
 
 def _greedy(text: str, model: LlamaForCausalLM, ids: torch.Tensor) -> list[dict[str, Any]]:
@@ -105,15 +106,15 @@ def _greedy(text: str, model: LlamaForCausalLM, ids: torch.Tensor) -> list[dict[
     starts = torch.linspace(0, len(ids) - PROMPT - NEW - 1, PROMPTS).long()
     prompts = ids[starts[:, None] + torch.arange(PROMPT)]
     models = {"": copy.deepcopy(model).bfloat16(), ", float32": model}
-    exact = {dtype: _written(copy.deepcopy(own), prompts) for dtype, own in models.items()}
+    exact = {dtype: written(copy.deepcopy(own), prompts) for dtype, own in models.items()}
     logits = model(torch.cat([prompts, exact[", float32"]], 1)).logits[:, PROMPT - 1 : -1]
-    agreement, same = _compared(models[""], prompts, exact[", float32"])
+    agreement, same = compared(models[""], prompts, exact[", float32"])
     rows = [{"text": text, "way": ROUNDING, "likeliest": float(logits.softmax(-1).amax(-1).mean()),
              "agreement": agreement, "same text": same}]  # fmt: skip
     for name, formats in FORMATS.items():
         row: dict[str, Any] = {"text": text, "way": f"cache {name}"}
         for dtype, own in models.items():
-            agreement, same = _compared(switch_(copy.deepcopy(own), formats), prompts, exact[dtype])
+            agreement, same = compared(switch_(copy.deepcopy(own), formats), prompts, exact[dtype])
             row |= {f"agreement{dtype}": agreement, f"same text{dtype}": same}
         rows.append(row)
     return rows
@@ -137,16 +138,16 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """README's table of the caches."""
     found = {(row["text"], row["way"]): row for row in rows}
 
-    def written(way: str) -> str:
+    def shares(way: str) -> str:
         free, heart = found[UNSURE, way], found[BY_HEART, way]
         return f"{100 * free['agreement']:.1f} % | {100 * heart['same text']:.1f} % |"
 
     lines = ["| cache | bytes, heads of 128 | perplexity | KL, nats | same token written | same text, by heart |",
-             "|---|---|---|---|---|---|", f"| float, bf16 beside float32 | 1.000 | | | {written(ROUNDING)}"]  # fmt: skip
+             "|---|---|---|---|---|---|", f"| float, bf16 beside float32 | 1.000 | | | {shares(ROUNDING)}"]  # fmt: skip
     for name in FORMATS:
         held = found[HELD_OUT, f"cache {name}"]
         lines.append(f"| {name} | {bytes_over_bf16(name, 8192):.3f} | {100 * held['over float']:+.2f} % | {held['KL']:.4f} | "
-                     f"{written(f'cache {name}')}")  # fmt: skip
+                     f"{shares(f'cache {name}')}")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

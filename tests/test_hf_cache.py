@@ -25,6 +25,7 @@ from transformers import (
     StaticCache,
 )
 
+from benchmarks import caches
 from qcompile import kv_cache
 from qcompile.errors import OptionError
 from qcompile.hf_cache import PackedDynamicLayer, PackedLayer, PackedStaticLayer, packed_, switch_
@@ -300,3 +301,13 @@ def test_the_trained_decoder_keeps_its_perplexity() -> None:
         found, own = seen(formats)
         assert abs(found / perplexity - 1) <= allowed, (formats, found, perplexity)
         assert float((own == tokens).float().mean()) >= agreement, formats
+
+
+@torch.no_grad()
+def test_the_trained_decoder_writes_the_same_tokens() -> None:
+    """``generate`` over fp8 keys and values, 64 prompts: 98 % of the tokens that bf16 ones give, those before each given."""
+    model, ids = models.trained_decoder()[0].bfloat16(), models._decoder_ids()
+    prompts = ids[torch.linspace(0, len(ids) - caches.PROMPT, caches.PROMPTS).long()[:, None] + torch.arange(caches.PROMPT)]
+    text = caches.written(copy.deepcopy(model), prompts)
+    agreement, _ = caches.compared(switch_(model, "fp8"), prompts, text)
+    assert agreement >= 0.98
