@@ -38,8 +38,8 @@ LARGEST = {"fp8": 448.0, "int8": 127.0}
 MOST_GROUPS = 4
 """Groups of channels that a row of queries or keys has at most."""
 
-SHIFTS = 2 * MOST_GROUPS
-"""Columns of zero points and sums, two to a group: as many as a product in TF32 takes at least."""
+SHIFTS = 4 * MOST_GROUPS
+"""Columns of zero points and sums, two to a group, and of zeros: as many as Triton multiplies at least."""
 
 
 def group_of(block: int) -> int:
@@ -137,7 +137,7 @@ def in_turns() -> str:
     """Function: columns of x and y [ROWS, GROUPS] in turns, and zeros between them up to [ROWS, SHIFTS]."""
     body = ["x = tl.reshape(tl.join(x, y), [ROWS, 2 * GROUPS])"]
     groups = 1
-    while groups < MOST_GROUPS:
+    while groups <= MOST_GROUPS:
         body += [f"if GROUPS <= {groups}:", f"    x = tl.reshape(tl.join(x, tl.zeros_like(x)), [ROWS, {4 * groups}])"]
         groups *= 2
     return text.kernel("in_turns", "x, y, " + text.constexprs("ROWS", "GROUPS"), [*body, "return x"])
