@@ -133,7 +133,7 @@ def facts(name: str, compiled: Any, options: dict[str, Any], arch: int) -> dict[
     block = 16 * options.get("BT", 0) * (options.get("BK", 0) + options.get("BV", 0)) // threads
     return {
         "kernel": name, "arch": arch, "threads": threads, "registers": registers,
-        "spills": sum(n.startswith(("LDL", "STL")) for n in names), "shared": compiled.metadata.shared,
+        "spills": whole["LDL"] + whole["STL"], "spills repeated": loop["LDL"] + loop["STL"], "shared": compiled.metadata.shared,
         "copyable": min(16, _words(options) // threads * 4),
         "matrix": sorted({n for n in whole if MATRIX.match(n)}), "repeated": sorted({n for n in loop if MATRIX.match(n)}),
         "stores": sum(n.startswith("STG") for n in names),

@@ -359,6 +359,7 @@ def main() -> None:
     torch.set_num_threads(1)
     corrections.correct_bfloat16()
     corrections.correct_permutes()
+    corrections.correct_indices()
     correct_casts()
     run("correction", checked_casts())
     for i, name in enumerate(WRITTEN):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 Case = tuple[str, float, float]
@@ -15,7 +16,8 @@ Case = tuple[str, float, float]
 
 
 def correct_bfloat16() -> None:
-    """Makes the interpreter's bfloat16 add, subtract and multiply round as hardware does; it takes the bits for integers."""
+    """Makes the interpreter's bfloat16 add, subtract and multiply round as hardware does; it takes the bits for integers. Triton
+    3.6 does not know numbers of that type at all."""
     original = InterpreterBuilder.binary_op
 
     def binary_op(self, lhs, rhs, op):  # type: ignore[no-untyped-def]
@@ -26,11 +28,27 @@ def correct_bfloat16() -> None:
         rounded = torch.from_numpy(np.array(wide)).to(torch.bfloat16).view(torch.int16).numpy()
         return TensorHandle(rounded.view(np.uint16), lhs.dtype.scalar)
 
+    def get_bf16(self, value):  # type: ignore[no-untyped-def]
+        return self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)
+
     InterpreterBuilder.binary_op = binary_op
+    if not hasattr(InterpreterBuilder, "get_bf16"):
+        InterpreterBuilder.get_bf16 = get_bf16
 
 
 def widened(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def correct_indices() -> None:
+    """Lets tensors bound loops: the interpreter of Triton 3.6 makes a number of an array in a way that numpy 2.4 refuses."""
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):  # type: ignore[no-untyped-def]
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:

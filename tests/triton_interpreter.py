@@ -252,6 +252,7 @@ def main() -> None:
     torch.set_num_threads(1)
     corrections.correct_bfloat16()
     corrections.correct_permutes()
+    corrections.correct_indices()
     run("correction", lambda _: corrections.checks(), Scheme(cases.formats()[0]))
     for scheme in cases.schemes():
         kernels = triton_kernels(scheme)

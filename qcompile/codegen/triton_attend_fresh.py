@@ -41,7 +41,7 @@ def fresh(kind: str, name: str) -> str:
         *text.indented([*_scores(KINDS[kind]), *masked(axes), *softmax(axes, LIKELIEST[product]), *_product(product)], 1),
         "x = acc * tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]",
         *(_restored(product) if product else ()),
-        "m = first_m + tl.minimum(T, 0) + tl.arange(0, BM)",
+        "m = first_m + tl.minimum(T, 0) + tl.arange(0, BM)",  # anew, of what no compiler knows to be 0: not kept through the loop
         "to = out_ptr + ((sequence * HEADS * GROUP + query_head) * L + m)[:, None] * DV + channel[None, :]",
         "tl.store(to, x.to(out_ptr.dtype.element_ty), mask=(m < L)[:, None] & (channel < DV)[None, :])",
     ]  # fmt: skip
