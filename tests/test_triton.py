@@ -1,7 +1,6 @@
 """Generated Triton kernels on a machine without a GPU: interpreted against the reference, and compiled for five targets."""
 
 import collections
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import triton_cases as cases
-from triton_programs import Report, reports
+from triton_programs import HERE, INTEGER, Report, reports
 
 from qcompile.codegen import tiles
 from qcompile.codegen.triton import TritonKernels, triton_kernels
@@ -21,11 +20,11 @@ from qcompile.errors import FormatError, KernelBuildError
 from qcompile.formats import BUILT_IN, Codebook, FormatSpec, Plane, Scheme, get, reference, symbols
 from qcompile.target import Target
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not HERE, reason="Triton is not installed")
 
 AMD = 94
 MATRIX_UNITS = {80: {"HMMA", "IMMA"}, 89: {"HMMA", "IMMA", "QMMA"}, 90: {"HGMMA", "IGMMA", "QGMMA"},
-                100: {"UTCHMMA", "UTCIMMA", "UTCQMMA"}}  # fmt: skip
+                100: {"UTCHMMA", INTEGER[100], "UTCQMMA"}}  # fmt: skip
 PROGRAMS = {"interpreter": ("triton_interpreter.py",), "compile 0": ("triton_compile.py", "--part", "0/2"),
             "compile 1": ("triton_compile.py", "--part", "1/2")}  # fmt: skip
 if "QCOMPILE_TEST_EVERYTHING" in os.environ:  # every format for every target in every tile: an hour on two cores

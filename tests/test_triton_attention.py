@@ -1,11 +1,8 @@
 """Attention kernels on a machine without a GPU: interpreted against float64, and compiled for four targets."""
 
-import importlib.metadata
-import importlib.util
-
 import pytest
 import torch
-from triton_programs import Report, reports
+from triton_programs import HERE, INTEGER, TRITON, Report, reports
 
 from qcompile.codegen import tiles
 from qcompile.codegen.triton_attend_tiles import attend_tile, parts
@@ -15,10 +12,8 @@ from qcompile.formats import BUILT_IN, Scheme, get
 from qcompile.formats.ranges import why_no_range
 from qcompile.target import Target
 
-HERE = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(not HERE, reason="Triton is not installed")
 
-TRITON = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2]) if HERE else ()
 ARCHES = (80, 89, 90, 100)
 SIXTEEN = {80: {"HMMA"}, 89: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA"}}
 EIGHT = {80: "IMMA", 89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
@@ -80,11 +75,10 @@ def test_products_use_the_matrix_units_of_their_target(programs: dict[str, Repor
     assert not (bad := [r for r in reports if not SIXTEEN[r["arch"]] <= set(r["matrix"])]), shown(bad)
     for r in compiled(programs, "fp8 fresh"):
         assert r["matrix"] == [EIGHT[r["arch"]]], shown([r])
-    integer = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "IMMA" if TRITON < (3, 8) else "UTCIMMA"}
     for r in compiled(programs, "int8 fresh", "int8_both fresh"):
-        both = {integer[r["arch"]], *SIXTEEN[r["arch"]]}
+        both = {INTEGER[r["arch"]], *SIXTEEN[r["arch"]]}
         assert set(r["matrix"]) == both, shown([r])  # in 16 bits: what turns channels
-        assert set(r["repeated"]) == ({integer[r["arch"]]} if r["kernel"] == "int8_both fresh" else both), shown([r])
+        assert set(r["repeated"]) == ({INTEGER[r["arch"]]} if r["kernel"] == "int8_both fresh" else both), shown([r])
 
 
 def test_rounded_probabilities_stay_in_their_registers(programs: dict[str, Report]) -> None:

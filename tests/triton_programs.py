@@ -1,6 +1,8 @@
 """Runs the programs that interpret and compile Triton kernels: processes of their own, because Triton reads
 ``TRITON_INTERPRET`` when it is imported."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +12,10 @@ from pathlib import Path
 import pytest
 
 Report = list[dict]
+HERE = importlib.util.find_spec("triton") is not None
+TRITON = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2]) if HERE else ()
+INTEGER = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "IMMA" if TRITON < (3, 8) else "UTCIMMA"}
+"""What multiplies int8; before 3.8 Triton uses the smaller units of sm_100 for it."""
 
 
 def reports(programs: dict[str, tuple[str, ...]], folders: pytest.TempPathFactory) -> dict[str, Report]:
