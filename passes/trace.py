@@ -26,6 +26,9 @@ _ALIASES = {
     "_safe_softmax": "softmax",
     "_unsafe_view": "view",
     "numpy_T": "T",
+    "prim from_local": "from_local",  # DTensors' methods, as PyTorch 2.11 traces them
+    "prim_redistribute": "redistribute",
+    "prim_to_local": "to_local",
 }
 
 

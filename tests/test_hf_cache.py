@@ -115,6 +115,8 @@ def test_logits_are_those_of_the_float_cache(model: Any, static: bool) -> None:
 @pytest.mark.parametrize("static", [False, True])
 def test_keys_that_a_bias_moves_away_from_zero(static: bool) -> None:
     """As Qwen2's: biases of a hundred in the channels that turn slowest with a token's place."""
+    if not static and TorchVersion(torch.__version__) < "2.12":
+        pytest.skip("this torch's Inductor writes C++ that does not compile for the mask of a padded batch of growing length")
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval()
     for layer in model.model.layers:
