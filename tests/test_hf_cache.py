@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
-from torch.torch_version import TorchVersion
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -50,12 +49,12 @@ def generated(model: LlamaForCausalLM, **settings: Any) -> Any:
     return model.generate(prompt(), attention_mask=PADDED, return_dict_in_generate=True, **SETTINGS, **settings)
 
 
-@pytest.mark.parametrize("cache,kind", [("dynamic", PackedDynamicLayer), ("static", PackedStaticLayer)])
+@pytest.mark.parametrize("cache,kind", [
+    pytest.param("dynamic", PackedDynamicLayer, marks=models.GROWING_PADDED), ("static", PackedStaticLayer),
+])  # fmt: skip
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_one_option_packs_the_caches_of_generate(cache: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call too; one graph for the prompt and one for every step, also while the cache grows; left padding."""
-    if cache == "dynamic" and TorchVersion(torch.__version__) < "2.12":
-        pytest.skip("this torch's Inductor writes C++ that does not compile for the mask of a padded batch of growing length")
     monkeypatch.setattr(kv_cache, "GROWTH", 64)
     expected = generated(switch_(llama(), "fp8")).sequences
     model = llama()
@@ -112,11 +111,9 @@ def test_logits_are_those_of_the_float_cache(model: Any, static: bool) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [pytest.param(False, marks=models.GROWING_PADDED), True])
 def test_keys_that_a_bias_moves_away_from_zero(static: bool) -> None:
     """As Qwen2's: biases of a hundred in the channels that turn slowest with a token's place."""
-    if not static and TorchVersion(torch.__version__) < "2.12":
-        pytest.skip("this torch's Inductor writes C++ that does not compile for the mask of a padded batch of growing length")
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval()
     for layer in model.model.layers:

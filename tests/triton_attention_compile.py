@@ -166,7 +166,6 @@ def tasks() -> Iterator[Task]:
     for arch in (90, 100):
         yield Task("int8", "int8", arch, BRAIN, 128, 4, 7, options=(("softcap", 30.0), ("window", 1024)), centered=True)
         yield Task("int8", "", arch, BRAIN, 128, 4, 512, "prefill", mask=torch.bool)
-        yield Task("int8", "", arch, (BRAIN, HALF)[j % 2], *((128, 64, 256, 128)[j], 4, 512), "prefill")
         yield Task("int8_both", "", arch, HALF, 64, 4, 512, "prefill", mask=torch.bool)
         yield Task("fp8_e4m3", "fp8_e4m3", arch, BRAIN, 128, 4, 512, mask=BRAIN)
     yield Task("fp8", "", 100, BRAIN, 128, 4, 512, "prefill")
