@@ -144,10 +144,10 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
     def shares(way: str) -> str:
         free, heart = found[UNSURE, way], found[BY_HEART, way]
-        return f"{100 * free['agreement']:.1f} % | {100 * heart['same text']:.1f} % |"
+        return " | ".join(f"{100 * part:.1f} %" for part in (free["agreement"], free["same text"], heart["same text"])) + " |"
 
-    lines = ["| cache | bytes, heads of 128 | perplexity | KL, nats | same token written | same text, by heart |",
-             "|---|---|---|---|---|---|", f"| float, bf16 beside float32 | 1.000 | | | {shares(ROUNDING)}"]  # fmt: skip
+    lines = ["| cache | bytes, heads of 128 | perplexity | KL, nats | same token | same text | same text, by heart |",
+             "|---|---|---|---|---|---|---|", f"| float, bf16 beside float32 | 1.000 | | | {shares(ROUNDING)}"]  # fmt: skip
     for name in FORMATS:
         held = found[HELD_OUT, f"cache {name}"]
         lines.append(f"| {name} | {bytes_over_bf16(name, 8192):.3f} | {100 * held['over float']:+.2f} % | {held['KL']:.4f} | "

@@ -18,6 +18,6 @@ OTHERS = {
     "TORCH_TRACE": "folder of structured traces for tlparse: graphs, plan and code are artefacts in them",
     "TORCH_COMPILE_DEBUG": "1: a folder for every graph with graphs, plan, kernels and a script that runs it again",
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0: importing torch does not load qcompile's log names, and TORCH_LOGS does not know them",
-    "TRITON_INTERPRET": "1: kernels for GPUs run in Triton's interpreter",
+    "TRITON_INTERPRET": "1: kernels for GPUs run on the CPU, in Triton's interpreter, with the types that a GPU multiplies",
 }
 """Variables of others that matter here."""

@@ -25,8 +25,6 @@ from triton_attention_reference import (
     Case,
     attention,
     cache_of,
-    checked_casts,
-    correct_casts,
     empty_planes,
     garbage,
     in_eighths,
@@ -161,6 +159,9 @@ CALLS = (
 ROUNDING = {HALF: 2e-3, BRAIN: 6e-3, FLOAT: 1e-5}
 """Relative error (Frobenius) allowed where scales leave the products: rounding of probabilities and of the output."""
 
+IN_16_BITS = {HALF: 2e-3, BRAIN: 6e-3, FLOAT: 5e-3}
+"""The same where they do not: keys and values are rounded to 16 bits too, for float32 queries to bfloat16."""
+
 
 def mask_of(kind: str, batch: int, heads: int, length: int, tokens: int) -> torch.Tensor | None:
     """A mask of a kind; True: may attend."""
@@ -228,7 +229,7 @@ def attended(call: Attend) -> Iterator[Case]:
     want = attention(query, held, caches[1].decoded, list(call.kept), position, mask, call.causal, call.scale, call.softcap,
                      call.window)  # fmt: skip
     exact = all(s.period == 0 for s in (keys, values))
-    limit = ROUNDING[call.dtype] if exact or call.dtype == BRAIN else max(ROUNDING[call.dtype], 2e-3)
+    limit = ROUNDING[call.dtype] if exact else IN_16_BITS[call.dtype]
     shape = (batch, call.heads * call.group, call.length, value_dim)
     sound = tuple(got.shape) == shape and got.dtype == call.dtype and bool(torch.isfinite(got).all())
     zeros = bool((got[(want == 0).all(-1)] == 0).all())
@@ -307,14 +308,13 @@ def drawn(kind: str) -> Iterator[Case]:
 
 
 def emulated(kind: str) -> Iterator[Case]:
-    """Kernels against their own arithmetic, over three blocks of tokens; only of "int8" are probabilities and values not
-    rounded here."""
+    """Kernels against their own arithmetic, over three blocks of tokens."""
     for dim in (32, 64, 256):
         query, k, v = shaped("mean", dim, 20, 96, 1)
         got = triton_prefill(kind).prefill(query, k, v, causal=False, tile=AttendTile(False, 32, 2, 4, 2))
         want = _in_codes(kind, query, k, v)
         error = float((got.double() - want).norm() / want.norm())
-        yield f"{kind} D={dim} as it is meant", error, 5e-4 if kind == "int8_both" else 1e-4
+        yield f"{kind} D={dim} as it is meant", error, 1e-4 if kind == "fp8" else 5e-4
 
 
 def _in_codes(kind: str, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -331,22 +331,29 @@ def _in_codes(kind: str, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
         unit = x.abs().amax(axes, keepdim=True) / (448.0 if kind == "fp8" else 127.0)
         return rounded(x / unit) * unit.double()
 
-    def middle(x: torch.Tensor) -> torch.Tensor:
-        return (x.amax(4, keepdim=True) + x.amin(4, keepdim=True)) * (0.5 if kind == "int8" else 0.0)
+    def brain(x: torch.Tensor) -> torch.Tensor:
+        return x.to(BRAIN).to(x.dtype)
 
-    near, keys, values = query @ turn, (k - k.mean(2, keepdim=True)) @ turn, (v - v.mean(2, keepdim=True)) @ turn
+    def middle(x: torch.Tensor) -> torch.Tensor:
+        return brain((x.amax(4, keepdim=True) + x.amin(4, keepdim=True)) * (0.5 if kind == "int8" else 0.0))
+
+    keys, values = (k - k.mean(2, keepdim=True)) @ turn, (v - v.mean(2, keepdim=True)) @ turn
+    near = query @ turn * (dim**-0.5 / math.log(2))
     near, keys = (x.unflatten(3, (-1, group_of(dim) if kind == "int8" else dim)) for x in (near, keys))
     a, b = middle(near), middle(keys)
-    sides = [(coded(near - a, (4,)), coded(keys - b, (4,))), ((near - a).double().sum(4, True), b.double()),
-             (a.double(), keys.double().sum(4, True))]  # fmt: skip
+    sides = [(coded(near - a, (4,)), coded(keys - b, (4,))), (brain((near - a).double().sum(4, True)), b.double()),
+             (a.double(), brain(keys.double().sum(4, True)))]  # fmt: skip
     scores = sum((x.flatten(3) @ y.flatten(3).mT for x, y in sides), torch.zeros((), dtype=torch.float64))
-    scores = (scores / dim**0.5).unflatten(3, (3, 32))
+    scores = scores.unflatten(3, (3, 32))
     tops, most = scores.amax(4, keepdim=True), 256.0 if kind == "fp8" else 127.0
-    p, weights = (scores - tops).exp(), (tops - tops.amax(3, keepdim=True)).exp()
-    blocks = values.unflatten(2, (3, 32))
-    factors = (p, blocks.double()) if kind == "int8" else (rounded(p * most) / most, coded(blocks, (3, 4)))
-    sums = torch.einsum("bhlcn,bhcnd->bhld", factors[0] * weights, factors[1])
-    return sums / (p * weights).sum((3, 4))[..., None] @ turn.double() + v.mean(2, keepdim=True)
+    tops = tops.cummax(3).values if kind == "int8" else tops
+    p, weights = (scores - tops).exp2(), (tops - tops.amax(3, keepdim=True)).exp2()
+    if kind == "int8":
+        near, blocks = brain(p), brain(v).double().unflatten(2, (3, 32))
+    else:
+        near, blocks = rounded(p * most) / most, coded(values.unflatten(2, (3, 32)), (3, 4))
+    x = torch.einsum("bhlcn,bhcnd->bhld", near * weights, blocks) / (p * weights).sum((3, 4))[..., None]
+    return x if kind == "int8" else x @ turn.double() + v.mean(2, keepdim=True)
 
 
 def run(check: str, found: Iterator[Case]) -> None:
@@ -357,11 +364,7 @@ def run(check: str, found: Iterator[Case]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    corrections.correct_bfloat16()
-    corrections.correct_permutes()
-    corrections.correct_indices()
-    correct_casts()
-    run("correction", checked_casts())
+    run("correction", corrections.checks())
     for i, name in enumerate(WRITTEN):
         for dim, length, paged in ((64, 17, False), (64, 3, True), (72, 1 + 8 * (i % 2), i % 2 == 0)):
             run("write", written(spec_of(name), dim, length, paged))

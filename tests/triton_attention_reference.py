@@ -1,16 +1,11 @@
 """What the attention programs compare with: private formats, caches packed by the reference, the rule that tokens are written
-by, attention in float64; and casts that Triton's interpreter gets wrong."""
+by, and attention in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-import triton.language as tl
-import triton.runtime.interpreter as interpreter
 import triton_cases as cases
 
 from qcompile.formats import ROW, FormatSpec, Plane, get, reference, symbols
@@ -23,9 +18,6 @@ from qcompile.formats.turning import turned, turned_together
 
 Case = tuple[str, float, float]
 Planes = list[torch.Tensor]
-FLOATS = {tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torch.bfloat16,
-          tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}  # fmt: skip
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 q, s, scale, zero = symbols("q s scale zero")
 PRIVATE = {spec.name: spec for spec in (
@@ -43,36 +35,6 @@ PRIVATE = {spec.name: spec for spec in (
 
 def spec_of(name: str) -> FormatSpec:
     return PRIVATE[name] if name in PRIVATE else get(name)
-
-
-# What the interpreter lacks -------------------------------------------------------------------------------------------
-
-
-def correct_casts() -> None:
-    """Makes the interpreter's casts between floats round to the nearest, ties to even, and saturate in 8 bits, as hardware."""
-    original = interpreter._convert_float
-
-    def convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
-        if source not in FLOATS or target not in FLOATS:
-            return original(data, source, target, rounding)
-        old, new = FLOATS[source], FLOATS[target]
-        bits = np.ascontiguousarray(data).view(f"int{8 * old.itemsize}" if old.itemsize > 1 else "uint8")
-        x = torch.from_numpy(bits.copy()).view(old).float()
-        if new.itemsize == 1:
-            x = x.clamp(-torch.finfo(new).max, torch.finfo(new).max)
-        return x.to(new).view(BITS[new.itemsize]).numpy().view(f"uint{8 * new.itemsize}").reshape(data.shape)
-
-    interpreter._convert_float = convert
-
-
-def checked_casts() -> Iterator[Case]:
-    """The correction itself: values whose mantissa carries, ties, and what does not fit."""
-    one = np.array([7.85, 0.0703125, 1.0625, 1.1875, -3000.0, 2.0**-10, 3 * 2.0**-10], np.float32)
-    want = [8.0, 0.0703125, 1.0, 1.25, -448.0, 0.0, 2.0**-8]
-    got = torch.from_numpy(interpreter._convert_float(one, tl.float32, tl.float8e4nv, None)).view(torch.float8_e4m3fn).float()
-    yield "e4m3", float((got - torch.tensor(want)).abs().max()), 0.0
-    brain = torch.from_numpy(interpreter._convert_float(one, tl.float32, tl.bfloat16, None).view(np.int16)).view(torch.bfloat16)
-    yield "bfloat16", float((brain.float() - torch.from_numpy(one).bfloat16().float()).abs().max()), 0.0
 
 
 # Caches ---------------------------------------------------------------------------------------------------------------

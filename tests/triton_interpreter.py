@@ -21,7 +21,7 @@ import triton_cases as cases
 import triton_corrections as corrections
 
 from qcompile.codegen import tiles
-from qcompile.codegen.triton import TritonKernels, Variant, interpreted, triton_kernels
+from qcompile.codegen.triton import TYPES, TritonKernels, Variant, triton_kernels
 from qcompile.codegen.triton_launch import Call
 from qcompile.formats import FormatSpec, Scheme, affine, reference
 from qcompile.formats.algebra import gen_table
@@ -33,8 +33,11 @@ SHAPES = (  # rows, N, K, dtype, bias: no N a multiple of a tile, no K of a step
     (16, 33, 520, torch.bfloat16, True),
     (65, 40, 264, torch.float16, False),
 )
-ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 2e-6}
-"""Relative error (Frobenius) allowed: rounding of the output, which the interpreter truncates for bfloat16."""
+ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 2e-6}
+"""Relative error (Frobenius) allowed: rounding of the output, and of a decoded weight."""
+
+IN_TERMS = 2.0**-18
+"""The same of float32 in two bfloat16 terms: what is left of a number has its 18th bit at most."""
 
 Case = tuple[str, float, float]
 
@@ -120,19 +123,16 @@ class Selecting(TritonKernels):
 
 
 def variants(kernels: TritonKernels, rows: int, dtype: torch.dtype) -> Iterator[Variant]:
-    """Every kernel that can multiply, in the types that the interpreter computes correctly."""
+    """Every kernel that can multiply, in the types that GPUs take for activations of ``dtype``."""
     printer = kernels.printer
     if rows <= 3:
         yield Variant(tiles.gemv_tile(printer.group, printer.granule, 512), printer.wide, "float32")
-    tile = tiles.product_tile("dot", rows, 90, printer.granule)
-    if printer.fused:
-        yield interpreted(Variant(tile, "float16" if printer.exact16 else "float32", "float16"))
-        if not printer.exact16 and rows == 16:
-            yield interpreted(Variant(tile, "float16", "float16"))
+    if printer.fused and dtype != torch.float32:
+        yield Variant(tiles.product_tile("dot", rows, 90, printer.granule), TYPES[dtype], TYPES[dtype])
+    if printer.fused and dtype == torch.float32 and printer.exact16:
+        yield Variant(tiles.FLOAT32_ROWS, "bfloat16", "bfloat16", terms=2)
     if rows == 16 or not printer.fused:
-        yield Variant(tiles.decode_tile(), printer.wide, "float32")
-    if rows == 3 and dtype == torch.float32 and printer.exact16 and printer.fused:
-        yield Variant(tiles.FLOAT32_ROWS, "float16", "float16", terms=2)
+        yield Variant(tiles.decode_tile(), printer.wide, TYPES[dtype])
 
 
 def products(kernels: TritonKernels) -> Iterator[Case]:
@@ -144,7 +144,7 @@ def products(kernels: TritonKernels) -> Iterator[Case]:
         bias = torch.randn(n).to(dtype) if with_bias else None
         want = x.double() @ weight.t() + (bias.double() if bias is not None else 0)
         for variant in variants(kernels, rows, dtype):
-            limit = ROUNDING[dtype] * (2 if variant.tile.kernel == "decode" else 1)
+            limit = IN_TERMS if variant.terms == 2 else ROUNDING[dtype] * (2 if variant.tile.kernel == "decode" else 1)
             got = kernels.linear(x, planes, bias, n, variant=variant)
             yield f"{rows}x{n}x{k} {dtype} {variant.tile.kernel} terms={variant.terms}", relative(got, want), limit
 
@@ -189,7 +189,7 @@ def shapes_of_x(kernels: TritonKernels) -> Iterator[Case]:
     planes = all_codes(spec, n, k)
     weight = reference.decode(spec, planes, n, k).double()
     tile = tiles.product_tile("dot", 6, 90, kernels.printer.granule)
-    parts, _ = Call(kernels, interpreted(Variant(tile, "float16", "float16")), 90, n, k, k)._split(1, -(-k // 128), 6)
+    parts, _ = Call(kernels, Variant(tile, "float16", "float16"), 90, n, k, k)._split(1, -(-k // 128), 6)
     yield "K is split", 0.0 if parts > 1 else 1.0, 0.5
     x = torch.randn(2, k, 3).transpose(1, 2)
     yield "strided", relative(kernels.linear(x, planes, None, n), x.double() @ weight.t()), ROUNDING[x.dtype] * 4
@@ -250,9 +250,6 @@ SHAPED = ("int4_g128", "int8", "two_level", "fp8_e4m3", "six_bits", "Q4_K", "nf4
 
 def main() -> None:
     torch.set_num_threads(1)
-    corrections.correct_bfloat16()
-    corrections.correct_permutes()
-    corrections.correct_indices()
     run("correction", lambda _: corrections.checks(), Scheme(cases.formats()[0]))
     for scheme in cases.schemes():
         kernels = triton_kernels(scheme)

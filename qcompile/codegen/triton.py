@@ -158,8 +158,6 @@ class TritonKernels:
         target = self._target(x)
         chosen = variant or self.variant(max(flat.shape[0], 1), x.dtype, target, kp)
         chosen = self.fitting(chosen, int(target.arch))
-        if interpreting() and variant is None:
-            chosen = interpreted(chosen)
         if out.numel():
             with torch.cuda.device_of(x):
                 spilled = Call(self, chosen, int(target.arch), n, k, kp).linear(flat, planes, bias, out)
@@ -259,11 +257,3 @@ def rows_by_expert(
     if counts[0] or counts[-1]:
         raise IndexError(f"the number of an expert is out of range ({experts} experts, {rows} rows)")
     return own.argsort(stable=True), list(itertools.accumulate(counts[1:-1], initial=0))
-
-
-def interpreted(variant: Variant) -> Variant:
-    """``variant`` with operand types that Triton's interpreter computes correctly: it has no bfloat16 arithmetic."""
-    if variant.tile.kernel != "dot":
-        return variant
-    decoded = "float16" if variant.decoded == "bfloat16" else variant.decoded
-    return replace(variant, decoded=decoded, operand="float32", terms=1)

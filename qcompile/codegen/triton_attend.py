@@ -52,8 +52,7 @@ def attend(pair: Pair, name: str, axes: Axes) -> str:
                  "q_b, q_h, q_l, mask_b, mask_h, mask_l, mask_t, mask_tokens, table_stride, page_tiles, room, factor, cap, "
                  "window, parts, "
                  + text.constexprs("D", "DV", "KP", "VP", "GROUP", "BT", "BM", "BK", "BV", "PAIR", "STAGES", "PAGED", "CAUSAL",
-                                   "MASK", "CAPPED", "CENTERED", "WINDOW", "PARTIAL", "DEC_K", "DEC_V", "DOT",
-                                   "TERMS"))  # fmt: skip
+                                   "MASK", "CAPPED", "CENTERED", "WINDOW", "PARTIAL", "DOT", "TERMS"))  # fmt: skip
     body = [
         *_where(pair), *_range(), *_accumulators(pair, axes),
         "for step in tl.range(begin, end, num_stages=STAGES):",
@@ -188,7 +187,7 @@ def _product(pair: Pair, axes: Axes) -> Iterator[str]:
 
 def _end(pair: Pair, axes: Axes) -> Iterator[str]:
     if hoists(pair.values):
-        yield "DEC: tl.constexpr = DEC_V"
+        yield "DEC: tl.constexpr = DOT"
         yield from pair.values.units()
         yield f"acc = acc * (UNIT * {1.0 / lift(pair.values)!r})"
     if shifts(pair.values):

@@ -85,7 +85,7 @@ def quantize(kind: str, name: str) -> str:
         "if SMOOTH:",
         *text.indented(_mean("k", "D", "BK"), 1),
         "    x = tl.where(inside[:, None], x - mean[None, :], 0.0)",
-        *turned(scores, "BT", "BK"),
+        *turned(scores, "BT", "BK", "2"),
         *scaled(KINDS[kind], "BT"),
         *_kept(KINDS[kind]),
         f"tl.store(k_codes + (place * TP + token)[:, None] * BK + d[None, :], {rounded(scores, placed('x', 'BT', 'BK'))})",
@@ -100,20 +100,21 @@ def _loaded(side: str, real: str, block: str) -> Iterator[str]:
     yield f"x = tl.load(from_x, mask=inside[:, None] & (d < {real})[None, :], other=0.0).to(tl.float32)"
 
 
-def turned(codes: str, rows: str, block: str, zero: str = "0") -> Iterator[str]:
-    """``x`` [rows, block], its channels (padding too) turned, or turned back, if ``codes`` are int8."""
+def turned(codes: str, rows: str, block: str, terms: str, zero: str = "0") -> Iterator[str]:
+    """``x`` [rows, block], its channels (padding too) turned, or turned back, if ``codes`` are int8.
+    Products take it as ``terms`` terms: two where it has more bits than queries have."""
     if codes == "int8":
-        yield f"x = turn(x, {zero}, {rows}, {block}, {block} if {block} < {MOST} else {MOST}, DOT, 1)"
+        yield f"x = turn(x, {zero}, {rows}, {block}, {block} if {block} < {MOST} else {MOST}, DOT, {terms})"
 
 
 def scaled(kind: Kind, rows: str) -> Iterator[str]:
     """``x`` [rows, BK] in units of its codes; ``reach``, what the largest code stands for. If grouped, that is half of a group's
-    range [rows, BK // W], whose ``middle`` is its zero point; ``whole`` is the sum of a group."""
+    range [rows, BK // W], whose ``middle``, a bfloat16 number, is its zero point; ``whole`` is the sum of a group."""
     if kind.grouped:
         yield f"x = tl.reshape(x, [{rows}, BK // W, W])"
         yield "high, low, whole = tl.max(x, 2), tl.min(x, 2), tl.sum(x, 2)"
-        yield "middle = (high + low) * 0.5"
-        yield "reach = (high - low) * 0.5"
+        yield "middle = ((high + low) * 0.5).to(tl.bfloat16).to(tl.float32)"
+        yield "reach = tl.maximum(high - middle, middle - low)"
         yield f"x = (x - middle[:, :, None]) * tl.where(reach > 0.0, {LARGEST[kind.scores]} / reach, 0.0)[:, :, None]"
         yield f"x = tl.reshape(x, [{rows}, BK])"
     else:
@@ -134,13 +135,13 @@ def _kept(kind: Kind) -> Iterator[str]:
 
 
 def in_turns() -> str:
-    """Function: columns of x and y [ROWS, GROUPS] in turns, and zeros between them up to [ROWS, SHIFTS]."""
+    """Function: columns of x and y [ROWS, GROUPS] in turns, and zeros between them up to [ROWS, SHIFTS], in bfloat16."""
     body = ["x = tl.reshape(tl.join(x, y), [ROWS, 2 * GROUPS])"]
     groups = 1
     while groups <= MOST_GROUPS:
         body += [f"if GROUPS <= {groups}:", f"    x = tl.reshape(tl.join(x, tl.zeros_like(x)), [ROWS, {4 * groups}])"]
         groups *= 2
-    return text.kernel("in_turns", "x, y, " + text.constexprs("ROWS", "GROUPS"), [*body, "return x"])
+    return text.kernel("in_turns", "x, y, " + text.constexprs("ROWS", "GROUPS"), [*body, "return x.to(tl.bfloat16)"])
 
 
 def _mean(side: str, real: str, block: str) -> Iterator[str]:
@@ -166,7 +167,7 @@ def _values(codes: str) -> Iterator[str]:
     yield from _loaded("v", "DV", "BV")
     yield from _mean("v", "DV", "BV")
     yield "x = tl.where(inside[:, None], x - mean[None, :], 0.0)"
-    yield from turned(codes, "BT", "BV")
+    yield from turned(codes, "BT", "BV", "2")
     yield "top = tl.max(tl.abs(x))"  # at once: Triton 3.6 fails at maxima of maxima on sm_100
     yield f"x = x * tl.where(top > 0.0, {LARGEST[codes]} / top, 0.0)"
     yield f"tl.store(v_scales + place * (TP // BT) + tl.program_id(0), top * {1 / LARGEST[codes]!r})"

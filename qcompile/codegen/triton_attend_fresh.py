@@ -30,7 +30,7 @@ def fresh(kind: str, name: str) -> str:
     arguments = ("q_ptr, k_codes, k_scales, k_shifts, v_ptr, v_codes, v_scales, means_ptr, mask_ptr, out_ptr, L, T, TP, HEADS, "
                  "start, q_b, q_h, q_l, v_b, v_h, v_t, mask_b, mask_h, mask_l, mask_t, mask_tokens, factor, cap, window, "
                  + text.constexprs("D", "DV", "BK", "BV", "W", "GROUP", "BM", "BN", "STAGES", "CAUSAL", "MASK", "CAPPED",
-                                   "WINDOW", "DOT"))  # fmt: skip
+                                   "WINDOW", "DOT", "TERMS"))  # fmt: skip
     axes, product = Axes(False), KINDS[kind].product
     body = [
         *_queries(KINDS[kind]), *_range(),
@@ -49,8 +49,8 @@ def fresh(kind: str, name: str) -> str:
 
 
 def _queries(kind: Kind) -> Iterator[str]:
-    """``q`` [BM, BK] as codes and ``q_factor`` [BM], its scale times that of scores; if grouped, ``q0`` … [BM, W],
-    ``q_factor0`` … and ``q_shifts`` [BM, SHIFTS], which zero points and sums of keys are multiplied by."""
+    """``q`` [BM, BK] as codes of queries times the scale of scores, and ``q_factor`` [BM], their scale; if grouped, ``q0`` …
+    [BM, W], ``q_factor0`` … and ``q_shifts`` [BM, SHIFTS], which zero points and sums of keys are multiplied by."""
     yield "sequence = (tl.program_id(1) // (HEADS * GROUP)).to(tl.int64)"
     yield "query_head = (tl.program_id(1) % (HEADS * GROUP)).to(tl.int64)"
     yield "place = sequence * HEADS + query_head // GROUP"
@@ -62,12 +62,13 @@ def _queries(kind: Kind) -> Iterator[str]:
     yield "channel = tl.arange(0, BV)"
     yield "from_q = q_ptr + sequence * q_b + query_head * q_h + query.to(tl.int64)[:, None] * q_l + d[None, :]"
     yield "x = tl.load(from_q, mask=(d < D)[None, :], other=0.0).to(tl.float32)"
-    yield from turned(kind.scores, "BM", "BK")
+    yield from turned(kind.scores, "BM", "BK", "TERMS")
+    yield "x = x * factor"
     yield from scaled(kind, "BM")
     yield f"q = {rounded(kind.scores, placed('x', 'BM', 'BK'))}"
-    yield f"q_factor = reach * (factor * {1 / LARGEST[kind.scores]!r})"
+    yield f"q_factor = reach * {1 / LARGEST[kind.scores]!r}"
     if kind.grouped:
-        yield "q_shifts = in_turns((whole - W * middle) * factor, middle * factor, BM, BK // W)"
+        yield "q_shifts = in_turns(whole - W * middle, middle, BM, BK // W)"
         yield "in_group = tl.arange(0, W)"
         yield from _groups("q", "W")
         yield from _groups("q_factor", "1")
@@ -126,9 +127,9 @@ def _scores(kind: Kind) -> Iterator[str]:
 
 def _grouped_scores() -> Iterator[str]:
     """Of groups q = a·x + b and k = c·y + d with codes x and y, the product is ac·Σxy + d·(Σq − b·W) + b·Σk; all but the first
-    are one product in TF32."""
+    are one product in bfloat16."""
     yield f"shifts = tl.load(k_shifts + place * TP * {SHIFTS} + (token[:, None] * {SHIFTS} + tl.arange(0, {SHIFTS})[None, :]))"
-    yield 's = tl.dot(q_shifts, tl.trans(shifts), input_precision="tf32")'
+    yield 's = tl.dot(q_shifts, tl.trans(shifts))'
     for i in range(MOST_GROUPS):
         yield f"if BK // W > {i}:"
         yield f"    k = tl.load(k_codes + (place * TP * BK + {i} * W) + (token[:, None] * BK + in_group[None, :]))"
@@ -164,6 +165,6 @@ def _product(codes: str) -> Iterator[str]:
 
 def _restored(codes: str) -> Iterator[str]:
     """``x`` [BM, BV] turned back, with the mean of values."""
-    yield from turned(codes, "BM", "BV", "tl.minimum(T, 0)")
+    yield from turned(codes, "BM", "BV", "TERMS", "tl.minimum(T, 0)")
     yield "mean = tl.load(means_ptr + place * DV + channel, mask=channel < DV, other=0.0)"
     yield "x = tl.where((total > 0.0)[:, None], x + mean[None, :], 0.0)"

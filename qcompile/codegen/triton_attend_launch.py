@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Planes = Sequence[torch.Tensor]
 LOG2E = math.log2(math.e)
+
+OPERANDS = {torch.float16: ("float16", 1), torch.bfloat16: ("bfloat16", 1), torch.float32: ("bfloat16", 2)}
+"""The type, and how many terms of it, that products take for numbers of a dtype: all of them, of float32 to 2^-17."""
 
 
 def target_of(x: torch.Tensor) -> Target:
@@ -122,6 +125,7 @@ class Attend:
         scale: float,
     ) -> None:  # fmt: skip
         q, kernels, (kp, vp) = self.q, self.kernels, self._stored(out.shape[-1])
+        dot, terms = kernels.exact(q.dtype)
         heads, page_tiles = self.key_planes[0].shape[1:3]
         kernels.kernel("few" if tile.left else "many")[grid](
             q, *self.key_planes, *self.value_planes, self.start, self.table, mask.tensor, self.center, out, stats, q.shape[2],
@@ -131,20 +135,6 @@ class Attend:
             D=q.shape[3], DV=out.shape[-1], KP=kp, VP=vp, GROUP=q.shape[1] // heads, BT=tile.tiles, BM=tile.queries,
             BK=power_of_two(kp), BV=power_of_two(vp), PAIR=4 if tiles.quads(self.arch, triton_version()) else 2,
             STAGES=tile.stages, PAGED=self.table is not None, CAUSAL=self.causal, MASK=mask.kind, CAPPED=self.softcap > 0,
-            CENTERED=self.center is not None, WINDOW=self.window > 0, PARTIAL=stats is not None, DEC_K=self._decoded(0),
-            DEC_V=self._decoded(1), DOT=kernels.type(self._operand), TERMS=2 if q.dtype == torch.float32 else 1,
-            **options(tile),
+            CENTERED=self.center is not None, WINDOW=self.window > 0, PARTIAL=stats is not None, DOT=dot,
+            TERMS=terms, **options(tile),
         )  # fmt: skip
-
-    @property
-    def _operand(self) -> str:
-        """The type of products: float32 queries are two terms in bfloat16, which has their range. Triton's interpreter has no
-        bfloat16 arithmetic."""
-        if interpreting():
-            return "float32" if self.q.dtype == torch.bfloat16 else "float16"
-        return "float16" if self.q.dtype == torch.float16 else "bfloat16"
-
-    def _decoded(self, side: int) -> Any:
-        """What codes become first: the operands' type, or for operands of 32 bits the narrowest that is exact."""
-        name = self._operand
-        return self.kernels.type(self.kernels.printers[side].wide if name == "float32" else name)

@@ -14,10 +14,10 @@ from ..target import Target
 from . import triton_attend_codes as codes
 from . import triton_attend_fresh as text
 from .kept import kept_source
-from .triton_attend_launch import LOG2E, Mask, power_of_two, target_of
+from .triton_attend_launch import LOG2E, OPERANDS, Mask, power_of_two, target_of
 from .triton_attend_tiles import AttendTile, prefill_tile
 from .triton_launch import ceil, options
-from .triton_load import content_hash, interpreting, load
+from .triton_load import content_hash, load
 from .triton_text import module
 from .triton_turn import turning
 
@@ -26,9 +26,6 @@ CHUNK = 512
 
 TOKENS = 32
 """Tokens that it takes at a time."""
-
-OPERANDS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "bfloat16"}
-"""What is multiplied in 16 bits: what turns channels, and probabilities and values where they are not in 8."""
 
 CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
@@ -137,7 +134,7 @@ class Prefill:
             mask.tokens, scale / softcap if softcap else scale * LOG2E, softcap * LOG2E, window, D=q.shape[3], DV=v.shape[3],
             BK=self._width(q), BV=self._width(v), W=codes.group_of(self._width(q)), GROUP=q.shape[1] // heads,
             BM=tile.queries, BN=tile.tokens, STAGES=tile.stages, CAUSAL=causal, MASK=mask.kind, CAPPED=softcap > 0,
-            WINDOW=window > 0, DOT=self._operand, **options(tile),
+            WINDOW=window > 0, DOT=self._operand, TERMS=OPERANDS[q.dtype][1], **options(tile),
         )  # fmt: skip
 
     @property
@@ -147,8 +144,8 @@ class Prefill:
 
     @property
     def _operand(self) -> Any:
-        """The type that channels are turned in, and of P·V where that is not in 8 bits."""
-        return getattr(self.kernels.module(self.variant).tl, "float32" if interpreting() else OPERANDS[self.q.dtype])
+        """The type that channels are turned in, and of P·V, in one term, where that is not in 8 bits."""
+        return getattr(self.kernels.module(self.variant).tl, OPERANDS[self.q.dtype][0])
 
     def _width(self, x: torch.Tensor) -> int:
         return max(power_of_two(x.shape[3]), 32)
@@ -174,7 +171,7 @@ class Prefill:
 
         scratch = Scratch(
             made(stored, self._width(k), dtype=CODES[kind.scores]), made(kind.groups(self._width(k)), stored),
-            made(stored, codes.SHIFTS) if kind.grouped else None,
+            made(stored, codes.SHIFTS, dtype=torch.bfloat16) if kind.grouped else None,
             made(self._width(v), stored, dtype=CODES[kind.product]) if eight else None,
             made(stored // self.tile.tokens) if eight else None, made(v.shape[3]) if eight else None,
         )  # fmt: skip

@@ -37,11 +37,11 @@ def reader(printer: Printer, name: str, values: bool) -> str:
     """A function that loads and decodes the keys or ``values`` of BT tiles of 16 tokens.
 
     ``tile`` int64 [BT] counts tiles of 16 tokens over all pages and heads; ``kept`` [BT·16] says which tokens count: values
-    of others become zero whatever is stored. Gives [BT·16, BK] in ``DOT``; keys have the order of channels that
+    of others become zero whatever is stored. Gives [BT·16, BK] in ``DEC``; keys have the order of channels that
     :func:`channels` names. Then, if scales leave the product, coeff (times the unit of elements) and perhaps offset [BT·16].
     """
     arguments = (f"{text.plane_arguments(printer)}, local_tile, kept, "
-                 + text.constexprs("KP", "BT", "BK", "PAIR", "DEC", "DOT"))  # fmt: skip
+                 + text.constexprs("KP", "BT", "BK", "PAIR", "DEC"))  # fmt: skip
     body = [
         "L: tl.constexpr = 16",
         "EVEN: tl.constexpr = KP == BK",
@@ -69,10 +69,10 @@ def _zeroed(printer: Printer) -> Iterator[str]:
 def _ordered(printer: Printer, values: bool) -> Iterator[str]:
     """``g`` [BT·L, BK]. Keys have the bytes of a word where a thread of the left operand's layout holds them."""
     if values:
-        yield "g = tl.reshape(tl.permute(g, 0, 2, 1, 3), [BT * L, BK]).to(DOT)"
+        yield "g = tl.reshape(tl.permute(g, 0, 2, 1, 3), [BT * L, BK]).to(DEC)"
         return
     yield f"g = tl.reshape(g, [BT, BG, L, {printer.group} // PAIR, PAIR])"
-    yield "g = tl.reshape(tl.permute(g, 0, 2, 3, 1, 4), [BT * L, BK]).to(DOT)"
+    yield "g = tl.reshape(tl.permute(g, 0, 2, 3, 1, 4), [BT * L, BK]).to(DEC)"
 
 
 def _factors(printer: Printer, values: bool) -> Iterator[str]:
@@ -115,6 +115,6 @@ class Pair:
         """The call that reads one block of tokens; its planes are named ``k_…`` or ``v_…``."""
         printer, name = (self.keys, self.read_keys) if side == "k" else (self.values, self.read_values)
         planes = ", ".join(f"{side}_{part.name}" for part in printer.spec.parts)
-        sizes = "KP, BT, BK, PAIR, DEC_K, DOT" if side == "k" else "VP, BT, BV, PAIR, DEC_V, DOT"
+        sizes = "KP, BT, BK, PAIR, DOT" if side == "k" else "VP, BT, BV, PAIR, DOT"
         results = ["g", *([f"{side}_coeff"] if hoists(printer) else []), *([f"{side}_offset"] if shifts(printer) else [])]
         return f"{', '.join(results)} = {name}({planes}, place, kept, {sizes})"

@@ -16,15 +16,14 @@ from ..formats.spec import ROW, TILE_N, FormatSpec
 from ..formats.turning import turned_together
 from ..target import Target
 from .kept import kept_source
-from .triton import TYPES
 from .triton_attend import Axes, attend, merge
-from .triton_attend_launch import Attend, Mask, Planes, power_of_two, room_of, target_of
+from .triton_attend_launch import OPERANDS, Attend, Mask, Planes, power_of_two, room_of, target_of
 from .triton_attend_prefill import TritonPrefill, triton_prefill
 from .triton_attend_read import Pair, reader
 from .triton_attend_store import check_stores, store, storer
 from .triton_attend_tiles import AttendTile
 from .triton_launch import ceil
-from .triton_load import content_hash, interpreting, load
+from .triton_load import content_hash, load
 from .triton_print import Printer, minifloat_gen
 from .triton_text import module
 from .triton_turn import BLOCK, turn_rows, turning
@@ -110,7 +109,7 @@ class TritonAttention:
         that see nothing give zeros, and sequences longer than their planes NaN. ``tile`` overrides the table's choice.
         """
         target = self._target(q)
-        if q.dtype not in TYPES:
+        if q.dtype not in OPERANDS:
             raise KernelBuildError(f"no Triton attention kernel for queries of {q.dtype}; use float16, bfloat16 or float32")
         out = torch.empty(*q.shape[:3], value_dim, dtype=q.dtype, device=q.device)
         if out.numel():
@@ -204,11 +203,9 @@ class TritonAttention:
         return out
 
     def exact(self, dtype: torch.dtype) -> tuple[Any, int]:
-        """The type, and how many terms of it, that products take for numbers of ``dtype``; float32 nearly so, as two bfloat16.
-        Triton's interpreter has no bfloat16 arithmetic."""
-        if interpreting():
-            return self.type("float32"), 1
-        return (self.type("bfloat16"), 2) if dtype == torch.float32 else (self.type(TYPES[dtype]), 1)
+        """The type, and how many terms of it, that products take for numbers of ``dtype``."""
+        name, terms = OPERANDS[dtype]
+        return self.type(name), terms
 
     def _target(self, x: torch.Tensor) -> Target:
         return target_of(x)

@@ -37,6 +37,10 @@ def load(source: str) -> ModuleType:
     except ImportError as error:
         raise KernelBuildError(f"CUDA kernels need the package triton, which does not import here ({error}); "
                                "install triton 3.6 or later, or run on the CPU") from error  # fmt: skip
+    if interpreting():
+        from .triton_interpreter import correct
+
+        correct()
     path = _written(f"{name}.py", source)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
