@@ -3,9 +3,11 @@
 
 Before they are rounded, keys lose their mean over the tokens, which moves all scores of a query alike and so no probability
 (unless scores are capped); values in 8 bits lose theirs too, and it is added to the result, since probabilities sum to one. For
-int8, channels are then turned together (:mod:`qcompile.formats.turning`): of queries and keys alike; of values, and of the
-result back. Queries and keys have a scale per row; where scores are all that int8 costs, a scale and a zero point for each group
-of their channels (:func:`group_of`). Values have a scale per block of tokens.
+int8, channels of queries are multiplied by factors that keys are divided by, after which they are as wide in both: none make the
+product of norms, and so the error of scores, less (SmoothAttention, arXiv:2405.04532). Then channels are turned together
+(:mod:`qcompile.formats.turning`): of queries and keys alike; of values, and of the result back. Queries and keys have a scale per
+row; where scores are all that int8 costs, a scale and a zero point for each group of their channels (:func:`group_of`). Values
+have a scale per block of tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def group_of(block: int) -> int:
 
 
 def sums(name: str) -> str:
-    """sums[head, chunk, D] = Σ over a chunk of STEPS·BT tokens of x, in float32. Grid: chunks, sequences times heads."""
+    """sums[head, chunk, 2, D] = Σx and Σx² over a chunk of STEPS·BT tokens, in float32. Grid: chunks, sequences times heads."""
     arguments = ("x_ptr, sums_ptr, T, HEADS, x_b, x_h, x_t, chunks, " + text.constexprs("D", "BD", "BT", "STEPS"))
     body = [
         "sequence = (tl.program_id(1) // HEADS).to(tl.int64)",
@@ -57,24 +59,64 @@ def sums(name: str) -> str:
         "d = tl.arange(0, BD)",
         "from_x = x_ptr + sequence * x_b + head * x_h + d[None, :]",
         "total = tl.zeros([BT, BD], tl.float32)",
+        "squares = tl.zeros([BT, BD], tl.float32)",
         "for step in range(0, STEPS):",
         "    token = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)",
         "    inside = (token < T)[:, None] & (d < D)[None, :]",
-        "    total += tl.load(from_x + token.to(tl.int64)[:, None] * x_t, mask=inside, other=0.0).to(tl.float32)",
-        "to = sums_ptr + (tl.program_id(1).to(tl.int64) * chunks + tl.program_id(0)) * D + d",
+        "    x = tl.load(from_x + token.to(tl.int64)[:, None] * x_t, mask=inside, other=0.0).to(tl.float32)",
+        "    total += x",
+        "    squares += x * x",
+        "to = sums_ptr + (tl.program_id(1).to(tl.int64) * chunks + tl.program_id(0)) * 2 * D + d",
         "tl.store(to, tl.sum(total, 0), mask=d < D)",
+        "tl.store(to + D, tl.sum(squares, 0), mask=d < D)",
     ]
     return text.kernel(name, arguments, body)
 
 
+def sides(kind: str, name: str) -> str:
+    """What sums say of a key-value head: the mean [BK] of its keys (0 unless SMOOTH); for int8 the factors [BK] of its queries;
+    for P·V in 8 bits the mean [BV] of its values. Grid: sequences times heads."""
+    arguments = ("k_sums, q_sums, v_sums, centers, factors, means, T, L, k_chunks, q_chunks, "
+                 + text.constexprs("D", "DV", "BK", "BV", "GROUP", "SMOOTH"))  # fmt: skip
+    body = [
+        "place = tl.program_id(0).to(tl.int64)",
+        "d = tl.arange(0, BK)",
+        *_summed_up("k", "place * k_chunks", "k_chunks", "D", "BK"),
+        "center = k_total / T if SMOOTH else tl.zeros([BK], tl.float32)",
+        "tl.store(centers + place * BK + d, center)",
+    ]
+    if KINDS[kind].scores == "int8":
+        body += [
+            *_summed_up("q", "place * GROUP * q_chunks", "GROUP * q_chunks", "D", "BK"),
+            "square = k_squares / T",
+            "wide = tl.maximum(square - center * center, square * 1e-6)",  # less than that is what was rounded
+            "wide = wide / (q_squares / (L * GROUP))",
+            'known = (k_squares > 0.0) & (q_squares > 0.0) & (k_squares < float("inf")) & (q_squares < float("inf"))',
+            "tl.store(factors + place * BK + d, tl.where(known, tl.sqrt(tl.sqrt(wide)), 1.0))",
+        ]
+    if KINDS[kind].product:
+        body += ["d = tl.arange(0, BV)", *_summed_up("v", "place * k_chunks", "k_chunks", "DV", "BV"),
+                 "tl.store(means + place * BV + d, v_total / T)"]  # fmt: skip
+    return text.kernel(name, arguments, body)
+
+
+def _summed_up(side: str, first: str, count: str, real: str, block: str) -> Iterator[str]:
+    """``…_total`` and ``…_squares`` [block] of ``count`` chunks from ``first``, in their order."""
+    yield f"{side}_total = tl.zeros([{block}], tl.float32)"
+    yield f"{side}_squares = tl.zeros([{block}], tl.float32)"
+    yield f"for chunk in range(0, {count}):"
+    yield f"    at = {side}_sums + ({first} + chunk) * 2 * {real} + d"
+    yield f"    {side}_total += tl.load(at, mask=d < {real}, other=0.0)"
+    yield f"    {side}_squares += tl.load(at + {real}, mask=d < {real}, other=0.0)"
+
+
 def quantize(kind: str, name: str) -> str:
     """Codes [TP, BK] and scales [groups, TP] of a head's keys, if grouped zero points and sums [TP, SHIFTS]; for P·V in 8 bits
-    codes [BV, TP] of its values (tokens side by side, as the matrix unit wants its right operand), one scale for a block, and
-    their mean [DV]. Grid: blocks of BT tokens, heads."""
+    codes [BV, TP] of its values (tokens side by side, as the matrix unit wants its right operand) and one scale for a
+    block. Grid: blocks of BT tokens, heads."""
     scores, product = KINDS[kind].scores, KINDS[kind].product
-    arguments = ("k_ptr, v_ptr, k_sums_ptr, v_sums_ptr, k_codes, k_scales, k_shifts, v_codes, v_scales, means_ptr, T, TP, "
-                 "HEADS, k_b, k_h, k_t, v_b, v_h, v_t, chunks, "
-                 + text.constexprs("D", "DV", "BK", "BV", "W", "BT", "SMOOTH", "DOT"))  # fmt: skip
+    arguments = ("k_ptr, v_ptr, centers, factors, means, k_codes, k_scales, k_shifts, v_codes, v_scales, T, TP, HEADS, "
+                 "k_b, k_h, k_t, v_b, v_h, v_t, " + text.constexprs("D", "DV", "BK", "BV", "W", "BT", "DOT"))  # fmt: skip
     body = [
         "sequence = (tl.program_id(1) // HEADS).to(tl.int64)",
         "head = (tl.program_id(1) % HEADS).to(tl.int64)",
@@ -82,10 +124,9 @@ def quantize(kind: str, name: str) -> str:
         "token = tl.program_id(0) * BT + tl.arange(0, BT)",
         "inside = token < T",
         *_loaded("k", "D", "BK"),
-        "if SMOOTH:",
-        *text.indented(_mean("k", "D", "BK"), 1),
-        "    x = tl.where(inside[:, None], x - mean[None, :], 0.0)",
-        *turned(scores, "BT", "BK", "2"),
+        *_less_mean("centers", "BK"),
+        *(["x = x / tl.load(factors + place * BK + d)[None, :]"] if scores == "int8" else []),
+        *turned(scores, "BT", "BK"),
         *scaled(KINDS[kind], "BT"),
         *_kept(KINDS[kind]),
         f"tl.store(k_codes + (place * TP + token)[:, None] * BK + d[None, :], {rounded(scores, placed('x', 'BT', 'BK'))})",
@@ -100,9 +141,9 @@ def _loaded(side: str, real: str, block: str) -> Iterator[str]:
     yield f"x = tl.load(from_x, mask=inside[:, None] & (d < {real})[None, :], other=0.0).to(tl.float32)"
 
 
-def turned(codes: str, rows: str, block: str, terms: str, zero: str = "0") -> Iterator[str]:
+def turned(codes: str, rows: str, block: str, zero: str = "0", terms: str = "2") -> Iterator[str]:
     """``x`` [rows, block], its channels (padding too) turned, or turned back, if ``codes`` are int8.
-    Products take it as ``terms`` terms: two where it has more bits than queries have."""
+    Products take it as ``terms`` terms."""
     if codes == "int8":
         yield f"x = turn(x, {zero}, {rows}, {block}, {block} if {block} < {MOST} else {MOST}, DOT, {terms})"
 
@@ -144,12 +185,8 @@ def in_turns() -> str:
     return text.kernel("in_turns", "x, y, " + text.constexprs("ROWS", "GROUPS"), [*body, "return x.to(tl.bfloat16)"])
 
 
-def _mean(side: str, real: str, block: str) -> Iterator[str]:
-    """``mean`` [block] of a head, from the sums of its chunks in their order."""
-    yield f"mean = tl.zeros([{block}], tl.float32)"
-    yield "for chunk in range(0, chunks):"
-    yield f"    mean += tl.load({side}_sums_ptr + (place * chunks + chunk) * {real} + d, mask=d < {real}, other=0.0)"
-    yield "mean = mean / T"
+def _less_mean(means: str, block: str) -> Iterator[str]:
+    yield f"x = tl.where(inside[:, None], x - tl.load({means} + place * {block} + d)[None, :], 0.0)"
 
 
 def rounded(codes: str, name: str) -> str:
@@ -165,13 +202,10 @@ def placed(x: str, rows: str, columns: str) -> str:
 
 def _values(codes: str) -> Iterator[str]:
     yield from _loaded("v", "DV", "BV")
-    yield from _mean("v", "DV", "BV")
-    yield "x = tl.where(inside[:, None], x - mean[None, :], 0.0)"
-    yield from turned(codes, "BT", "BV", "2")
+    yield from _less_mean("means", "BV")
+    yield from turned(codes, "BT", "BV")
     yield "top = tl.max(tl.abs(x))"  # at once: Triton 3.6 fails at maxima of maxima on sm_100
     yield f"x = x * tl.where(top > 0.0, {LARGEST[codes]} / top, 0.0)"
     yield f"tl.store(v_scales + place * (TP // BT) + tl.program_id(0), top * {1 / LARGEST[codes]!r})"
     yield "to = v_codes + (place * BV + d)[:, None] * TP + token[None, :]"
     yield f"tl.store(to, {rounded(codes, placed('tl.trans(x)', 'BV', 'BT'))})"
-    yield "if tl.program_id(0) == 0:"
-    yield "    tl.store(means_ptr + place * DV + d, mean, mask=d < DV)"

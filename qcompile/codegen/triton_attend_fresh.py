@@ -27,8 +27,8 @@ WIDEST = 256
 
 def fresh(kind: str, name: str) -> str:
     """out = softmax(scores)·V. Grid: blocks of BM queries, sequences times query heads (GROUP of them to a key-value head)."""
-    arguments = ("q_ptr, k_codes, k_scales, k_shifts, v_ptr, v_codes, v_scales, means_ptr, mask_ptr, out_ptr, L, T, TP, HEADS, "
-                 "start, q_b, q_h, q_l, v_b, v_h, v_t, mask_b, mask_h, mask_l, mask_t, mask_tokens, factor, cap, window, "
+    arguments = ("q_ptr, k_codes, k_scales, k_shifts, v_ptr, v_codes, v_scales, factors, means, mask_ptr, out_ptr, L, T, TP, "
+                 "HEADS, start, q_b, q_h, q_l, v_b, v_h, v_t, mask_b, mask_h, mask_l, mask_t, mask_tokens, factor, cap, window, "
                  + text.constexprs("D", "DV", "BK", "BV", "W", "GROUP", "BM", "BN", "STAGES", "CAUSAL", "MASK", "CAPPED",
                                    "WINDOW", "DOT", "TERMS"))  # fmt: skip
     axes, product = Axes(False), KINDS[kind].product
@@ -62,7 +62,9 @@ def _queries(kind: Kind) -> Iterator[str]:
     yield "channel = tl.arange(0, BV)"
     yield "from_q = q_ptr + sequence * q_b + query_head * q_h + query.to(tl.int64)[:, None] * q_l + d[None, :]"
     yield "x = tl.load(from_q, mask=(d < D)[None, :], other=0.0).to(tl.float32)"
-    yield from turned(kind.scores, "BM", "BK", "TERMS")
+    if kind.scores == "int8":
+        yield "x = x * tl.load(factors + place * BK + d)[None, :]"
+    yield from turned(kind.scores, "BM", "BK")
     yield "x = x * factor"
     yield from scaled(kind, "BM")
     yield f"q = {rounded(kind.scores, placed('x', 'BM', 'BK'))}"
@@ -165,6 +167,6 @@ def _product(codes: str) -> Iterator[str]:
 
 def _restored(codes: str) -> Iterator[str]:
     """``x`` [BM, BV] turned back, with the mean of values."""
-    yield from turned(codes, "BM", "BV", "TERMS", "tl.minimum(T, 0)")
-    yield "mean = tl.load(means_ptr + place * DV + channel, mask=channel < DV, other=0.0)"
+    yield from turned(codes, "BM", "BV", "tl.minimum(T, 0)", "TERMS")
+    yield "mean = tl.load(means + place * BV + channel)"
     yield "x = tl.where((total > 0.0)[:, None], x + mean[None, :], 0.0)"

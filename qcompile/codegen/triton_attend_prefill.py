@@ -40,7 +40,8 @@ def triton_prefill(kind: str) -> TritonPrefill:
 
 def source(kind: str) -> str:
     """The text of the kernels of ``kind``, one of :data:`.triton_attend_codes.KINDS`."""
-    kernels = [codes.sums(f"sums_{kind}"), codes.quantize(kind, f"quantize_{kind}"), text.fresh(kind, f"fresh_{kind}")]
+    kernels = [codes.sums(f"sums_{kind}"), codes.sides(kind, f"sides_{kind}"), codes.quantize(kind, f"quantize_{kind}"),
+               text.fresh(kind, f"fresh_{kind}")]  # fmt: skip
     tag = content_hash("".join(kernels))[:8]
     parts = [*turning(), codes.in_turns(), text.halves()]
     return module(f"{kind} attention", [*parts, *(k.replace(f"_{kind}(", f"_{kind}_{tag}(", 1) for k in kernels)], False)
@@ -65,7 +66,7 @@ class TritonPrefill:
         return load(self.sources[variant])
 
     def kernel(self, variant: str, name: str) -> Any:
-        """The jitted function sums, quantize or fresh of ``variant``."""
+        """The jitted function sums, sides, quantize or fresh of ``variant``."""
         loaded = self.module(variant)
         return next(getattr(loaded, n) for n in vars(loaded) if n.startswith(f"{name}_{variant}_"))
 
@@ -98,16 +99,23 @@ class TritonPrefill:
 
 
 @dataclass(frozen=True)
+class Sides:
+    """What :func:`.triton_attend_codes.sides` stores of each key-value head."""
+
+    centers: torch.Tensor
+    factors: torch.Tensor | None
+    means: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class Scratch:
-    """Keys and values as products take them: codes and scales by key-value head (keys as
-    :func:`.triton_attend_codes.quantize` stores them); the means of values."""
+    """Keys and values as products take them, by key-value head: what :func:`.triton_attend_codes.quantize` stores."""
 
     k_codes: torch.Tensor
     k_scales: torch.Tensor
     k_shifts: torch.Tensor | None
     v_codes: torch.Tensor | None
     v_scales: torch.Tensor | None
-    means: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -127,12 +135,13 @@ class Prefill:
         """Writes ``out`` [B, Hq, L, Dv]."""
         q, v, tile = self.q, self.v, self.tile
         heads, tokens = self.k.shape[1:3]
-        scratch = self._quantized(smooth=softcap == 0.0)
+        sides = self._sides(smooth=softcap == 0.0)
+        scratch = self._quantized(sides)
         self.kernels.kernel(self.variant, "fresh")[(ceil(q.shape[2], tile.queries), q.shape[0] * q.shape[1])](
-            q, scratch.k_codes, scratch.k_scales, scratch.k_shifts, v, scratch.v_codes, scratch.v_scales, scratch.means,
-            mask.tensor, out, q.shape[2], tokens, self._stored, heads, start, *q.stride()[:3], *v.stride()[:3], *mask.strides,
-            mask.tokens, scale / softcap if softcap else scale * LOG2E, softcap * LOG2E, window, D=q.shape[3], DV=v.shape[3],
-            BK=self._width(q), BV=self._width(v), W=codes.group_of(self._width(q)), GROUP=q.shape[1] // heads,
+            q, scratch.k_codes, scratch.k_scales, scratch.k_shifts, v, scratch.v_codes, scratch.v_scales, sides.factors,
+            sides.means, mask.tensor, out, q.shape[2], tokens, self._stored, heads, start, *q.stride()[:3], *v.stride()[:3],
+            *mask.strides, mask.tokens, scale / softcap if softcap else scale * LOG2E, softcap * LOG2E, window, D=q.shape[3],
+            DV=v.shape[3], BK=self._width(q), BV=self._width(v), W=codes.group_of(self._width(q)), GROUP=q.shape[1] // heads,
             BM=tile.queries, BN=tile.tokens, STAGES=tile.stages, CAUSAL=causal, MASK=mask.kind, CAPPED=softcap > 0,
             WINDOW=window > 0, DOT=self._operand, TERMS=OPERANDS[q.dtype][1], **options(tile),
         )  # fmt: skip
@@ -151,35 +160,47 @@ class Prefill:
         return max(power_of_two(x.shape[3]), 32)
 
     def _sums(self, x: torch.Tensor) -> torch.Tensor:
-        """Σ over chunks of tokens: ``[B·H, chunks, D]``."""
+        """Σx and Σx² over chunks of tokens: ``[B·H, chunks, 2, D]``."""
         batch, heads, tokens, dim = x.shape
         chunks = ceil(max(tokens, 1), CHUNK)
-        found = torch.empty(batch * heads, chunks, dim, dtype=torch.float32, device=x.device)
+        found = torch.empty(batch * heads, chunks, 2, dim, dtype=torch.float32, device=x.device)
         self.kernels.kernel(self.variant, "sums")[(chunks, batch * heads)](
             x, found, tokens, heads, *x.stride()[:3], chunks, D=dim, BD=self._width(x), BT=TOKENS, STEPS=CHUNK // TOKENS,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return found
 
-    def _quantized(self, smooth: bool) -> Scratch:
-        k, v, count = self.k, self.v, self.k.shape[0] * self.k.shape[1]
-        kind, stored = codes.KINDS[self.variant], self._stored
-        eight = kind.product != ""
+    def _made(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """An empty tensor of ``shape`` for each key-value head."""
+        return torch.empty(self.k.shape[0] * self.k.shape[1], *shape, dtype=dtype, device=self.k.device)
 
-        def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(count, *shape, dtype=dtype, device=k.device)
+    def _sides(self, smooth: bool) -> Sides:
+        q, k, v, kind = self.q, self.k, self.v, codes.KINDS[self.variant]
+        k_sums = self._sums(k)
+        q_sums = self._sums(q) if kind.scores == "int8" else None
+        v_sums = self._sums(v) if kind.product else None
+        sides = Sides(self._made(self._width(k)), self._made(self._width(k)) if q_sums is not None else None,
+                      self._made(self._width(v)) if v_sums is not None else None)  # fmt: skip
+        self.kernels.kernel(self.variant, "sides")[(len(k_sums),)](
+            k_sums, q_sums, v_sums, sides.centers, sides.factors, sides.means, k.shape[2], q.shape[2], k_sums.shape[1],
+            ceil(q.shape[2], CHUNK), D=k.shape[3], DV=v.shape[3], BK=self._width(k), BV=self._width(v),
+            GROUP=q.shape[1] // k.shape[1], SMOOTH=smooth, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        return sides
 
+    def _quantized(self, sides: Sides) -> Scratch:
+        k, v, made, stored = self.k, self.v, self._made, self._stored
+        kind = codes.KINDS[self.variant]
         scratch = Scratch(
             made(stored, self._width(k), dtype=CODES[kind.scores]), made(kind.groups(self._width(k)), stored),
             made(stored, codes.SHIFTS, dtype=torch.bfloat16) if kind.grouped else None,
-            made(self._width(v), stored, dtype=CODES[kind.product]) if eight else None,
-            made(stored // self.tile.tokens) if eight else None, made(v.shape[3]) if eight else None,
+            made(self._width(v), stored, dtype=CODES[kind.product]) if kind.product else None,
+            made(stored // self.tile.tokens) if kind.product else None,
         )  # fmt: skip
-        self.kernels.kernel(self.variant, "quantize")[(stored // self.tile.tokens, count)](
-            k, v, self._sums(k) if smooth else None, self._sums(v) if eight else None, scratch.k_codes, scratch.k_scales,
-            scratch.k_shifts, scratch.v_codes, scratch.v_scales, scratch.means, k.shape[2], stored, k.shape[1], *k.stride()[:3],
-            *v.stride()[:3], ceil(max(k.shape[2], 1), CHUNK), D=k.shape[3], DV=v.shape[3], BK=self._width(k), BV=self._width(v),
-            W=codes.group_of(self._width(k)), BT=self.tile.tokens, SMOOTH=smooth, DOT=self._operand, num_warps=8,
-            enable_fp_fusion=True,
+        self.kernels.kernel(self.variant, "quantize")[(stored // self.tile.tokens, len(scratch.k_codes))](
+            k, v, sides.centers, sides.factors, sides.means, scratch.k_codes, scratch.k_scales, scratch.k_shifts,
+            scratch.v_codes, scratch.v_scales, k.shape[2], stored, k.shape[1], *k.stride()[:3], *v.stride()[:3], D=k.shape[3],
+            DV=v.shape[3], BK=self._width(k), BV=self._width(v), W=codes.group_of(self._width(k)), BT=self.tile.tokens,
+            DOT=self._operand, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
         return scratch
