@@ -91,7 +91,7 @@ def sides(kind: str, name: str) -> str:
             "square = k_squares / T",
             "wide = tl.maximum(square - center * center, square * 1e-6)",  # less than that is what was rounded
             "wide = wide / (q_squares / (L * GROUP))",
-            'known = (k_squares > 0.0) & (q_squares > 0.0) & (k_squares < float("inf")) & (q_squares < float("inf"))',
+            'known = (wide > 0.0) & (wide < float("inf"))',
             "tl.store(factors + place * BK + d, tl.where(known, tl.sqrt(tl.sqrt(wide)), 1.0))",
         ]
     if KINDS[kind].product:

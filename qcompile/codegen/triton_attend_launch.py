@@ -25,7 +25,7 @@ Planes = Sequence[torch.Tensor]
 LOG2E = math.log2(math.e)
 
 OPERANDS = {torch.float16: ("float16", 1), torch.bfloat16: ("bfloat16", 1), torch.float32: ("bfloat16", 2)}
-"""The type, and how many terms of it, that products take for numbers of a dtype: all of them, of float32 to 2^-17."""
+"""The type, and how many terms of it, that products take for numbers of a dtype: exactly, but for float32, to 2^-17."""
 
 
 def target_of(x: torch.Tensor) -> Target:
