@@ -126,7 +126,7 @@ def quantize(kind: str, name: str) -> str:
         *_loaded("k", "D", "BK"),
         *_less_mean("centers", "BK"),
         *(["x = x / tl.load(factors + place * BK + d)[None, :]"] if scores == "int8" else []),
-        *turned(scores, "BT", "BK"),
+        *turned(scores, "BT", "BK", "2"),
         *scaled(KINDS[kind], "BT"),
         *_kept(KINDS[kind]),
         f"tl.store(k_codes + (place * TP + token)[:, None] * BK + d[None, :], {rounded(scores, placed('x', 'BT', 'BK'))})",
@@ -141,7 +141,7 @@ def _loaded(side: str, real: str, block: str) -> Iterator[str]:
     yield f"x = tl.load(from_x, mask=inside[:, None] & (d < {real})[None, :], other=0.0).to(tl.float32)"
 
 
-def turned(codes: str, rows: str, block: str, zero: str = "0", terms: str = "2") -> Iterator[str]:
+def turned(codes: str, rows: str, block: str, terms: str, zero: str = "0") -> Iterator[str]:
     """``x`` [rows, block], its channels (padding too) turned, or turned back, if ``codes`` are int8.
     Products take it as ``terms`` terms."""
     if codes == "int8":
@@ -203,7 +203,7 @@ def placed(x: str, rows: str, columns: str) -> str:
 def _values(codes: str) -> Iterator[str]:
     yield from _loaded("v", "DV", "BV")
     yield from _less_mean("means", "BV")
-    yield from turned(codes, "BT", "BV")
+    yield from turned(codes, "BT", "BV", "2")
     yield "top = tl.max(tl.abs(x))"  # at once: Triton 3.6 fails at maxima of maxima on sm_100
     yield f"x = x * tl.where(top > 0.0, {LARGEST[codes]} / top, 0.0)"
     yield f"tl.store(v_scales + place * (TP // BT) + tl.program_id(0), top * {1 / LARGEST[codes]!r})"

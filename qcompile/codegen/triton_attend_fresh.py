@@ -64,7 +64,7 @@ def _queries(kind: Kind) -> Iterator[str]:
     yield "x = tl.load(from_q, mask=(d < D)[None, :], other=0.0).to(tl.float32)"
     if kind.scores == "int8":
         yield "x = x * tl.load(factors + place * BK + d)[None, :]"
-    yield from turned(kind.scores, "BM", "BK")
+    yield from turned(kind.scores, "BM", "BK", "1 if DOT == tl.float16 else 2")  # times factors, 8 bits of bfloat16 are few
     yield "x = x * factor"
     yield from scaled(kind, "BM")
     yield f"q = {rounded(kind.scores, placed('x', 'BM', 'BK'))}"
@@ -167,6 +167,6 @@ def _product(codes: str) -> Iterator[str]:
 
 def _restored(codes: str) -> Iterator[str]:
     """``x`` [BM, BV] turned back, with the mean of values."""
-    yield from turned(codes, "BM", "BV", "tl.minimum(T, 0)", "TERMS")
+    yield from turned(codes, "BM", "BV", "TERMS", "tl.minimum(T, 0)")
     yield "mean = tl.load(means + place * BV + channel)"
     yield "x = tl.where((total > 0.0)[:, None], x + mean[None, :], 0.0)"
