@@ -41,7 +41,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # Only torchvision's architectures are wanted, which are Python. Its operators fit one build of torch each, and where they
-# do not fit transformers cannot be imported beside it: so it lies apart.
+# do not fit transformers cannot be imported beside it, or the process ends: so it lies apart, without them.
 # torch comes first and by itself, so that TORCH may name any build: TORCH='torch==2.11.0', TORCH=/path/to/a.whl.
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
@@ -50,6 +50,7 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[test]'
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/torchvision '$(TORCHVISION)'
+	rm -f $(VENV)/torchvision/torchvision/*.so
 	touch $@
 
 $(VENV)/.ready-peers: $(READY) Makefile
